@@ -1,0 +1,268 @@
+"""Settings as frozen keyword-only dataclasses, validated where they are built. Imports nothing of ours but errors.
+
+`resolve` turns what the user wrote (with "auto" in it) and what the machine is into a new config without "auto".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from loquetier.errors import ConfigError
+
+DType = Literal["auto", "float32", "bfloat16"]
+MIB = 1 << 20
+
+
+def _check(ok: bool, field_name: str, value: object, rule: str) -> None:
+    if not ok:
+        raise ConfigError(f"{field_name}={value!r}: {rule}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How one request's tokens are chosen. Names and ranges are vLLM's and OpenAI's."""
+
+    max_tokens: int | None = None
+    """Most tokens to generate; None = up to the context's end."""
+    min_tokens: int = 0
+    """No end-of-sequence or stop token before this many generated tokens."""
+    temperature: float = 1.0
+    """0 = greedy."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 or -1 = all."""
+    top_p: float = 1.0
+    """Keep the smallest set whose probability reaches top_p."""
+    min_p: float = 0.0
+    """Drop tokens less likely than min_p times the most likely one."""
+    repetition_penalty: float = 1.0
+    """> 1 makes tokens of prompt and answer less likely (CTRL, arXiv 1909.05858)."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logit of each token already generated."""
+    frequency_penalty: float = 0.0
+    """Subtracted per occurrence from the logit of each token already generated."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these token ids."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the answer; not part of the returned text."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end the answer, besides the model's own end tokens."""
+    ignore_eos: bool = False
+    """Do not stop at the model's end tokens."""
+    n: int = 1
+    """Number of independent answers."""
+    seed: int | None = None
+    """Same seed, same text, whoever shares the batch, given equal logits; choice i uses stream i."""
+    logprobs: int | None = None
+    """Return the chosen token's logprob and this many most likely alternatives (0..20)."""
+    prompt_logprobs: int | None = None
+    """The same for every prompt token but the first."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text."""
+
+    def __post_init__(self) -> None:
+        _check(
+            self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 1),
+            "max_tokens",
+            self.max_tokens,
+            "must be an integer >= 1, or None for up to the context's end",
+        )
+        _check(_is_int(self.min_tokens) and self.min_tokens >= 0, "min_tokens", self.min_tokens, "must be an integer >= 0")
+        if self.max_tokens is not None:
+            _check(
+                self.min_tokens <= self.max_tokens,
+                "min_tokens",
+                self.min_tokens,
+                f"must be <= max_tokens ({self.max_tokens})",
+            )
+        _check(0 <= self.temperature <= 100, "temperature", self.temperature, "must be in [0, 100]; 0 is greedy")
+        _check(_is_int(self.top_k) and self.top_k >= -1, "top_k", self.top_k, "must be an integer >= -1; 0 and -1 keep all")
+        _check(0 < self.top_p <= 1, "top_p", self.top_p, "must be in (0, 1]")
+        _check(0 <= self.min_p <= 1, "min_p", self.min_p, "must be in [0, 1]")
+        _check(
+            0 < self.repetition_penalty < math.inf,
+            "repetition_penalty",
+            self.repetition_penalty,
+            "must be a finite number > 0",
+        )
+        _check(-2 <= self.presence_penalty <= 2, "presence_penalty", self.presence_penalty, "must be in [-2, 2]")
+        _check(-2 <= self.frequency_penalty <= 2, "frequency_penalty", self.frequency_penalty, "must be in [-2, 2]")
+        for token, bias in self.logit_bias.items():
+            _check(_is_int(token) and token >= 0, "logit_bias", token, "keys are token ids >= 0")
+            _check(-100 <= bias <= 100, "logit_bias", bias, "values must be in [-100, 100]")
+        _check(
+            isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop),
+            "stop",
+            self.stop,
+            "must be a tuple of non-empty strings",
+        )
+        _check(all(_is_int(t) and t >= 0 for t in self.stop_token_ids), "stop_token_ids", self.stop_token_ids, "must be >= 0")
+        _check(_is_int(self.n) and 1 <= self.n <= 128, "n", self.n, "must be an integer in [1, 128]")
+        _check(
+            self.seed is None or (_is_int(self.seed) and -(2**63) <= self.seed < 2**63),
+            "seed",
+            self.seed,
+            "must be a 64-bit integer or None",
+        )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            _check(value is None or (_is_int(value) and 0 <= value <= 20), name, value, "must be in [0, 20] or None")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig:
+    """One job's hyper-parameters. Names and defaults follow transformers' TrainingArguments where they exist there."""
+
+    learning_rate: float = 2e-4
+    """Peak learning rate."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after the warm-up; linear and cosine end at 0."""
+    warmup_ratio: float = 0.0
+    """Part of all steps spent rising linearly from 0."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    """Clip the job's own global gradient norm; 0 = never."""
+    batch_size: int = 8
+    """Examples per micro-batch."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per optimizer step."""
+    max_seq_len: int = 1024
+    """Longer examples are cut at the end."""
+    num_epochs: int = 1
+    """Passes over the data, unless max_steps ends the job first."""
+    max_steps: int | None = None
+    """Optimizer steps; None = num_epochs decides. Data is repeated when it runs out before."""
+    shuffle: bool = True
+    """A fresh seeded permutation for each epoch; False = file order."""
+    seed: int = 0
+    """Seeds the initial weights and the data order."""
+    publish: Literal["every_step", "every_n_steps", "end"] = "every_step"
+    """When the weights in training become a new served version of the job's name."""
+    publish_every: int = 1
+    """Steps between two publishes with publish="every_n_steps"."""
+    eval_every: int = 0
+    """Optimizer steps between evaluations on the evaluation data; 0 = only what the caller asks for."""
+
+    def __post_init__(self) -> None:
+        _check(0 < self.learning_rate <= 1, "learning_rate", self.learning_rate, "must be in (0, 1]")
+        _check(
+            self.lr_scheduler_type in ("constant", "linear", "cosine"),
+            "lr_scheduler_type",
+            self.lr_scheduler_type,
+            "must be constant, linear or cosine",
+        )
+        _check(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "must be in [0, 1]")
+        _check(0 <= self.weight_decay <= 1, "weight_decay", self.weight_decay, "must be in [0, 1]")
+        _check(0 <= self.adam_beta1 < 1, "adam_beta1", self.adam_beta1, "must be in [0, 1)")
+        _check(0 <= self.adam_beta2 < 1, "adam_beta2", self.adam_beta2, "must be in [0, 1)")
+        _check(0 < self.adam_epsilon <= 1, "adam_epsilon", self.adam_epsilon, "must be in (0, 1]")
+        _check(0 <= self.max_grad_norm < math.inf, "max_grad_norm", self.max_grad_norm, "must be >= 0; 0 = no clipping")
+        for name in ("batch_size", "gradient_accumulation_steps", "max_seq_len", "num_epochs", "publish_every"):
+            value = getattr(self, name)
+            _check(_is_int(value) and value >= 1, name, value, "must be an integer >= 1")
+        _check(self.max_seq_len >= 2, "max_seq_len", self.max_seq_len, "must be >= 2: one token predicts the next")
+        _check(
+            self.max_steps is None or (_is_int(self.max_steps) and self.max_steps >= 1),
+            "max_steps",
+            self.max_steps,
+            "must be an integer >= 1, or None to let num_epochs decide",
+        )
+        _check(
+            self.publish in ("every_step", "every_n_steps", "end"),
+            "publish",
+            self.publish,
+            "must be every_step, every_n_steps or end",
+        )
+        _check(_is_int(self.eval_every) and self.eval_every >= 0, "eval_every", self.eval_every, "must be an integer >= 0")
+        _check(_is_int(self.seed) and 0 <= self.seed < 2**63, "seed", self.seed, "must be an integer in [0, 2**63)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """What the engine may use and how it fills a step."""
+
+    dtype: DType = "auto"
+    """Weights, KV cache and adapters in serving: bfloat16 where the machine is fast at it, else float32."""
+    device: str = "auto"
+    """"cpu", "cuda", "cuda:0", ... or "auto": the first GPU, else the CPU."""
+    kv_memory: int | None = None
+    """Bytes for the KV cache; None = a quarter of the free memory, at most 4 GiB on a CPU."""
+    adapter_memory: int | None = None
+    """Bytes for adapter weights, serving and training slots together; None = an eighth of the free memory, at most 2 GiB."""
+    page_size: int = 16
+    """Tokens per KV page."""
+    max_rows: int = 2048
+    """Most rows of all kinds in one step."""
+    max_prefill_rows: int = 512
+    """Most PREFILL rows in one step: longer prompts advance by chunks."""
+    max_train_rows: int = 1024
+    """Most TRAIN rows in one step; an example longer than that runs alone."""
+    max_sequences: int = 256
+    """Most sequences with KV pages at once."""
+    backward_units_while_serving: int = 4
+    """Layers of backward per step while requests are running; with no traffic the whole backward runs in one step."""
+    max_context: int | None = None
+    """Cap on the model's own context length."""
+
+    def __post_init__(self) -> None:
+        _check(self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype, "must be auto, float32 or bfloat16")
+        for name in ("page_size", "max_rows", "max_prefill_rows", "max_train_rows", "max_sequences"):
+            value = getattr(self, name)
+            _check(_is_int(value) and value >= 1, name, value, "must be an integer >= 1")
+        _check(
+            _is_int(self.backward_units_while_serving) and self.backward_units_while_serving >= 1,
+            "backward_units_while_serving",
+            self.backward_units_while_serving,
+            "must be an integer >= 1, or training would never move under traffic",
+        )
+        for name in ("kv_memory", "adapter_memory"):
+            value = getattr(self, name)
+            _check(value is None or (_is_int(value) and value >= MIB), name, value, f"must be at least {MIB} bytes, or None")
+        _check(
+            self.max_context is None or (_is_int(self.max_context) and self.max_context >= 2),
+            "max_context",
+            self.max_context,
+            "must be an integer >= 2, or None",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hardware:
+    """What `resolve` needs to know of the machine. `base.loading.detect_hardware` fills it."""
+
+    has_cuda: bool
+    cpu_bf16_fast: bool
+    """AVX512_BF16 or AMX on x86."""
+    free_memory: int
+    """Bytes free on the device the engine will use."""
+
+
+def resolve(config: EngineConfig, hardware: Hardware) -> EngineConfig:
+    """Return `config` with every "auto" and None budget replaced. Pure.
+
+    Raises:
+        ConfigError: a CUDA device is asked for and there is none.
+    """
+    from dataclasses import replace
+
+    device = config.device if config.device != "auto" else ("cuda" if hardware.has_cuda else "cpu")
+    if device.startswith("cuda") and not hardware.has_cuda:
+        raise ConfigError(f"device={config.device!r}: no CUDA device is visible; use device='cpu' or 'auto'")
+    on_gpu = device.startswith("cuda")
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if on_gpu or hardware.cpu_bf16_fast else "float32"
+    cap = hardware.free_memory if on_gpu else 4096 * MIB
+    kv_memory = config.kv_memory or max(MIB, min(cap, hardware.free_memory // 4))
+    adapter_memory = config.adapter_memory or max(MIB, min(cap // 2, hardware.free_memory // 8))
+    return replace(config, device=device, dtype=dtype, kv_memory=kv_memory, adapter_memory=adapter_memory)

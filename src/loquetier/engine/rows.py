@@ -1,0 +1,124 @@
+"""What one step works on: sequences, training items and the plan. Plain data, no torch, imports nothing of ours.
+
+A *row* is one token of the step's flat batch. A *segment* is a run of rows of one kind and one adapter
+version. Rows are ordered [TRAIN | EVAL | PREFILL | DECODE], inside a kind by adapter slot, so that each
+adapter's rows are contiguous per kind and the rows that need gradients are exactly ``[0, T)``.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+BASE_SLOT = -1
+"""Slot number of rows that run on the bare base model: they have no LoRA cost."""
+
+
+class RowKind(enum.IntEnum):
+    """The four kinds of rows, in batch order."""
+
+    TRAIN = 0
+    EVAL = 1
+    PREFILL = 2
+    DECODE = 3
+
+
+class SequenceStatus(enum.Enum):
+    """Where a sequence is in its life. FINISHED and ABORTED are final."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+    ABORTED = "aborted"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One choice of one request: tokens known so far, and how many of them are in the KV cache.
+
+    There is no prefill or decode phase: a sequence with more than one token left to compute gets PREFILL
+    rows, one with exactly one left gets a DECODE row. Preemption sets ``num_computed`` back to 0.
+    """
+
+    seq_id: int
+    """Unique inside one engine, never reused; also the arrival order."""
+    tokens: list[int]
+    """Prompt, then generated tokens."""
+    prompt_len: int
+    """Number of prompt tokens at the start of `tokens`."""
+    max_total_len: int
+    """Prompt plus the most tokens that may be generated; at most the model's context."""
+    slot: int = BASE_SLOT
+    """Arena slot of the adapter version this sequence runs on for all its life."""
+    priority: int = 0
+    """Lower runs earlier, as in vLLM; ties by arrival."""
+    num_computed: int = 0
+    """Tokens whose K and V are in the cache."""
+    pages: list[int] = field(default_factory=list)
+    """KV pages owned, in sequence order."""
+    status: SequenceStatus = SequenceStatus.WAITING
+    num_preemptions: int = 0
+    needs_prompt_logits: bool = False
+    """True when every prompt row's logits are wanted (prompt logprobs)."""
+
+    @property
+    def num_left(self) -> int:
+        """Tokens whose K and V are still to be computed."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens sampled so far."""
+        return len(self.tokens) - self.prompt_len
+
+
+@dataclass(frozen=True, slots=True)
+class TrainItem:
+    """One example (or evaluation example) that a job wants computed. Tokens stay with the job."""
+
+    job_id: int
+    item_id: int
+    """Unique inside the job; the job finds tokens and weights by it."""
+    num_rows: int
+    """Rows it takes: one per input token."""
+    slot: int
+    """The job's training slot."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """Tokens ``[start, start + length)`` of a sequence, to be computed in this step."""
+
+    seq: Sequence
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What the scheduler decided for one step. The engine executes it as it stands."""
+
+    train: tuple[TrainItem, ...] = ()
+    evaluate: tuple[TrainItem, ...] = ()
+    prefill: tuple[PrefillChunk, ...] = ()
+    decode: tuple[Sequence, ...] = ()
+    backward_units: int = 0
+    """How many units of the open tape may run in this step, at most (the tape opened by this step's own
+    TRAIN rows included)."""
+    preempted: tuple[Sequence, ...] = ()
+    """Sequences that lost their pages while planning; already back in the waiting queue."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the flat batch."""
+        return (
+            sum(i.num_rows for i in self.train)
+            + sum(i.num_rows for i in self.evaluate)
+            + sum(c.length for c in self.prefill)
+            + len(self.decode)
+        )
+
+    @property
+    def is_empty(self) -> bool:
+        """True when the step would neither run rows nor backward units."""
+        return self.num_rows == 0 and self.backward_units == 0
