@@ -73,7 +73,9 @@ class SamplingParams:
             self.max_tokens,
             "must be an integer >= 1, or None for up to the context's end",
         )
-        _check(_is_int(self.min_tokens) and self.min_tokens >= 0, "min_tokens", self.min_tokens, "must be an integer >= 0")
+        _check(
+            _is_int(self.min_tokens) and self.min_tokens >= 0, "min_tokens", self.min_tokens, "must be an integer >= 0"
+        )
         if self.max_tokens is not None:
             _check(
                 self.min_tokens <= self.max_tokens,
@@ -82,7 +84,9 @@ class SamplingParams:
                 f"must be <= max_tokens ({self.max_tokens})",
             )
         _check(0 <= self.temperature <= 100, "temperature", self.temperature, "must be in [0, 100]; 0 is greedy")
-        _check(_is_int(self.top_k) and self.top_k >= -1, "top_k", self.top_k, "must be an integer >= -1; 0 and -1 keep all")
+        _check(
+            _is_int(self.top_k) and self.top_k >= -1, "top_k", self.top_k, "must be an integer >= -1; 0 and -1 keep all"
+        )
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "must be in (0, 1]")
         _check(0 <= self.min_p <= 1, "min_p", self.min_p, "must be in [0, 1]")
         _check(
@@ -102,7 +106,12 @@ class SamplingParams:
             self.stop,
             "must be a tuple of non-empty strings",
         )
-        _check(all(_is_int(t) and t >= 0 for t in self.stop_token_ids), "stop_token_ids", self.stop_token_ids, "must be >= 0")
+        _check(
+            all(_is_int(t) and t >= 0 for t in self.stop_token_ids),
+            "stop_token_ids",
+            self.stop_token_ids,
+            "must be >= 0",
+        )
         _check(_is_int(self.n) and 1 <= self.n <= 128, "n", self.n, "must be an integer in [1, 128]")
         _check(
             self.seed is None or (_is_int(self.seed) and -(2**63) <= self.seed < 2**63),
@@ -183,7 +192,9 @@ class TrainingConfig:
             self.publish,
             "must be every_step, every_n_steps or end",
         )
-        _check(_is_int(self.eval_every) and self.eval_every >= 0, "eval_every", self.eval_every, "must be an integer >= 0")
+        _check(
+            _is_int(self.eval_every) and self.eval_every >= 0, "eval_every", self.eval_every, "must be an integer >= 0"
+        )
         _check(_is_int(self.seed) and 0 <= self.seed < 2**63, "seed", self.seed, "must be an integer in [0, 2**63)")
 
 
@@ -198,7 +209,7 @@ class EngineConfig:
     kv_memory: int | None = None
     """Bytes for the KV cache; None = a quarter of the free memory, at most 4 GiB on a CPU."""
     adapter_memory: int | None = None
-    """Bytes for adapter weights, serving and training slots together; None = an eighth of the free memory, at most 2 GiB."""
+    """Bytes for adapter weights of serving and training slots; None = an eighth of the free memory, at most 2 GiB."""
     page_size: int = 16
     """Tokens per KV page."""
     max_rows: int = 2048
@@ -227,7 +238,12 @@ class EngineConfig:
         )
         for name in ("kv_memory", "adapter_memory"):
             value = getattr(self, name)
-            _check(value is None or (_is_int(value) and value >= MIB), name, value, f"must be at least {MIB} bytes, or None")
+            _check(
+                value is None or (_is_int(value) and value >= MIB),
+                name,
+                value,
+                f"must be at least {MIB} bytes, or None",
+            )
         _check(
             self.max_context is None or (_is_int(self.max_context) and self.max_context >= 2),
             "max_context",

@@ -22,7 +22,7 @@ class LinearTarget:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraSpec:
-    """The LoRA settings that PEFT's ``LoraConfig`` and we both honour. Scaling is alpha/r, or alpha/sqrt(r) with rsLoRA."""
+    """The LoRA settings that PEFT's ``LoraConfig`` and we both honour. Scale: alpha/r, or alpha/sqrt(r) with rsLoRA."""
 
     r: int = 8
     alpha: float = 16.0

