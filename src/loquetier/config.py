@@ -222,6 +222,8 @@ class EngineConfig:
     """Most sequences with KV pages at once."""
     backward_units_while_serving: int = 4
     """Layers of backward per step while requests are running; with no traffic the whole backward runs in one step."""
+    step_time_budget: float | None = None
+    """Seconds a step may take while requests are running (from --slo-tpot); None = the fixed limits."""
     max_context: int | None = None
     """Cap on the model's own context length."""
 
@@ -244,6 +246,12 @@ class EngineConfig:
                 value,
                 f"must be at least {MIB} bytes, or None",
             )
+        _check(
+            self.step_time_budget is None or 0 < self.step_time_budget < math.inf,
+            "step_time_budget",
+            self.step_time_budget,
+            "must be a finite number of seconds > 0, or None for the fixed limits",
+        )
         _check(
             self.max_context is None or (_is_int(self.max_context) and self.max_context >= 2),
             "max_context",
