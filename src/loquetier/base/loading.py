@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -184,8 +185,9 @@ def _read_weights(name: str, directory: Path, dtype: torch.dtype) -> Any:
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported in `info`, and refused below
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UnsupportedModelError(
             f"base {name!r}: its weights cannot be read; only safetensors are ({_first_line(error)})"
         ) from error

@@ -177,6 +177,11 @@ def _recurrent(model: Any) -> str | None:
     return "recurrent state (hybrid or state-space layers)" if getattr(model, "_is_stateful", False) else None
 
 
+def _transposed_linears(model: Any) -> str | None:
+    name = next((name for name, module in model.named_modules() if isinstance(module, Conv1D)), None)
+    return f"{name} is a Conv1D, not a linear" if name is not None else None
+
+
 def _quantizer(model: Any) -> str | None:
     return "quantized weights (hf_quantizer)" if getattr(model, "hf_quantizer", None) is not None else None
 
@@ -190,8 +195,6 @@ def _not_checkpointable(layer: nn.Module) -> str | None:
 def _foreign_modules(layer: nn.Module) -> str | None:
     for name, module in layer.named_modules():
         last = name.rpartition(".")[2]
-        if isinstance(module, Conv1D):
-            return f"{name} is a Conv1D, not a linear"
         if isinstance(module, nn.Conv1d):
             return f"{name} mixes neighbouring tokens (convolution, as in hybrid and recurrent layers)"
         if last in _MLA:
@@ -226,7 +229,7 @@ _CONFIG_RULES: tuple[Callable[[Any], str | None], ...] = (
     _extra_inputs,
     _bidirectional,
 )
-_MODEL_RULES: tuple[Callable[[Any], str | None], ...] = (_recurrent, _no_interface, _quantizer)
+_MODEL_RULES: tuple[Callable[[Any], str | None], ...] = (_recurrent, _transposed_linears, _no_interface, _quantizer)
 _LAYER_RULES: tuple[Callable[[nn.Module], str | None], ...] = (
     _foreign_modules,
     _sinks,
