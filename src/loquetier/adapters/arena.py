@@ -92,9 +92,8 @@ class Arena:
                 f"adapter needs {size * self.itemsize} bytes; the arena has {self.free_bytes} of {self.total_bytes} bytes "
                 f"free (largest piece {largest}). Unload an adapter or raise adapter_memory."
             )
-        self._free.remove(run)
-        if run.size > size:
-            self._free.append(_Run(run.start + size, run.size - size))
+        rest = [_Run(run.start + size, run.size - size)] if run.size > size else []
+        self._free = sorted([*(r for r in self._free if r is not run), *rest], key=lambda r: r.start)
         slot, self._next_slot = self._next_slot, self._next_slot + 1
         self._runs[slot], self._modules[slot] = _Run(run.start, size), modules
         self._buffer[run.start : run.start + size].zero_()

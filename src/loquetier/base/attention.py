@@ -1,0 +1,108 @@
+"""The one attention function that the Hugging Face model calls: every kind of rows of a step in one flat batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from loquetier.base.context import StepContext
+from loquetier.errors import EngineError, UnsupportedModelError
+from loquetier.kernels.attention import MaskRule, decode_attention, span_attention
+
+ATTENTION_NAME = "loquetier"
+"""Value of ``config._attn_implementation`` on every base."""
+STEP_KEYWORD = "loquetier_step"
+"""Keyword of ``model(...)`` that carries the step to the attention."""
+
+
+def unified_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a step's rows: ``query [1, H, M, D]``, ``key/value [1, K, M, D]`` -> ``[1, M, H, D]``.
+
+    K and V of PREFILL and DECODE rows are written to the cache first. TRAIN rows keep their graph, all other
+    rows are detached, so nothing of them is kept for a backward.
+
+    Raises:
+        EngineError: called outside a step. UnsupportedModelError: attention sinks (`s_aux`).
+    """
+    step = kwargs.get(STEP_KEYWORD)
+    if not isinstance(step, StepContext):
+        raise EngineError("the base was called outside an engine step; go through Base.hidden")
+    if kwargs.get("s_aux") is not None:
+        raise UnsupportedModelError("attention sinks (s_aux) are not supported")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    rule = MaskRule(sliding_window, softcap)
+    q_HMD, k_KMD, v_KMD = query[0], key[0], value[0]
+    parts = _train_rows(q_HMD, k_KMD, v_KMD, scale, rule, step)
+    with torch.no_grad():
+        rest = tuple(t.detach() for t in (q_HMD, k_KMD, v_KMD))
+        parts += _eval_rows(*rest, scale, rule, step)
+        if step.cache is not None and step.cache_start < step.num_rows:
+            layer = int(module.layer_idx)  # type: ignore[arg-type]
+            parts += _cached_rows(*rest, scale, rule, step, layer)
+    out_HMD = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return out_HMD.transpose(0, 1)[None], None
+
+
+def _train_rows(q: Tensor, k: Tensor, v: Tensor, scale: float, rule: MaskRule, step: StepContext) -> list[Tensor]:
+    num_train = step.num_train
+    if num_train == 0:
+        return []
+    if num_train < step.num_rows:  # SDPA keeps its inputs: a view would keep the inference rows too
+        q, k, v = (t[:, :num_train].clone() for t in (q, k, v))
+    return [
+        span_attention(q[:, a:b], k[:, a:b], v[:, a:b], scale, rule) for a, b in step.spans if b <= num_train
+    ]
+
+
+def _eval_rows(q: Tensor, k: Tensor, v: Tensor, scale: float, rule: MaskRule, step: StepContext) -> list[Tensor]:
+    return [
+        span_attention(q[:, a:b], k[:, a:b], v[:, a:b], scale, rule) for a, b in step.spans if a >= step.num_train
+    ]
+
+
+def _cached_rows(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, rule: MaskRule, step: StepContext, layer: int
+) -> list[Tensor]:
+    cache, first = step.cache, step.cache_start
+    assert cache is not None and step.cache_rows is not None
+    cache.write(layer, step.cache_rows, k.transpose(0, 1)[first:], v.transpose(0, 1)[first:])
+    parts = []
+    for a, b, past, pages_B in step.prefill:
+        if past == 0:
+            parts.append(span_attention(q[:, a:b], k[:, a:b], v[:, a:b], scale, rule))
+        else:
+            k_PKD, v_PKD = cache.read(layer, pages_B, past + b - a)
+            parts.append(span_attention(q[:, a:b], k_PKD.transpose(0, 1), v_PKD.transpose(0, 1), scale, rule))
+    if step.decode is not None:
+        d = step.decode
+        q_NHD = q.transpose(0, 1)[d.start :]
+        out_NHD = decode_attention(
+            q_NHD,
+            cache.keys[layer],
+            cache.values[layer],
+            d.pages_NB,
+            d.visible_NP(rule.window),
+            scale,
+            rule.softcap,
+        )
+        parts.append(out_NHD.transpose(0, 1))
+    return parts
+
+
+def register() -> None:
+    """Make `unified_attention` known to transformers. No mask is registered, so transformers builds none."""
+    AttentionInterface.register(ATTENTION_NAME, unified_attention)

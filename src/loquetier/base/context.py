@@ -1,0 +1,99 @@
+"""What the swapped modules know of the running step.
+
+Row layout of a step: ``[TRAIN | EVAL | PREFILL | DECODE]``. TRAIN rows are exactly ``[0, num_train)``: everything
+that must be kept for a backward is cut to them. TRAIN and EVAL rows attend inside their own span and never touch
+the KV cache; PREFILL and DECODE rows are written to it first and read from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from loquetier.base.kv_cache import KVCache
+from loquetier.kernels.reference import FactorTable, Segment
+
+
+class PrefillSpan(NamedTuple):
+    """Rows ``[start, stop)`` are tokens ``[past, past + stop - start)`` of one sequence."""
+
+    start: int
+    stop: int
+    past: int
+    pages_B: Tensor
+    """Pages that hold the sequence's first ``past + stop - start`` tokens."""
+
+
+@dataclass(frozen=True)
+class DecodeRows:
+    """The last N rows of the step: one token each of N sequences."""
+
+    start: int
+    positions_N: Tensor
+    pages_NB: Tensor
+    """Page tables padded with the trash page."""
+    page_size: int
+    _masks: dict[int | None, Tensor] = field(default_factory=dict, repr=False)
+
+    def visible_NP(self, window: int | None) -> Tensor:
+        """Boolean mask over the gathered pages; made once per step and window, shared by the layers."""
+        if window not in self._masks:
+            k_pos = torch.arange(self.pages_NB.shape[1] * self.page_size, device=self.positions_N.device)[None, :]
+            q_pos = self.positions_N[:, None]
+            visible = k_pos <= q_pos
+            self._masks[window] = visible if window is None else visible & (q_pos - k_pos < window)
+        return self._masks[window]
+
+
+class LayerCuts(Protocol):
+    """A tape, as the layers see it: called with each layer's input, returns what the layer shall run on."""
+
+    def cut(self, layer: int, hidden_1MD: Tensor) -> Tensor:
+        """Detach the graph at this layer's input, so that backward can run one layer at a time."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepContext:
+    """Everything the base's swapped modules and the attention need for one forward. Built on the host."""
+
+    num_rows: int
+    num_train: int = 0
+    segments: tuple[Segment, ...] = ()
+    """Rows that run on an adapter; rows in no segment are base rows."""
+    factors: FactorTable = field(default_factory=dict)
+    grads: FactorTable = field(default_factory=dict)
+    """Float32 gradient buffers of the train segments' slots."""
+    spans: tuple[tuple[int, int], ...] = ()
+    """TRAIN and EVAL sequences as ``[start, stop)``, train first."""
+    prefill: tuple[PrefillSpan, ...] = ()
+    decode: DecodeRows | None = None
+    cache: KVCache | None = None
+    cache_start: int = 0
+    """First PREFILL row: rows from here on go to the cache."""
+    cache_rows: Tensor | None = None
+    """Flat cache position of each row from `cache_start` on, int64."""
+    cuts: LayerCuts | None = None
+
+    @cached_property
+    def train_segments(self) -> tuple[Segment, ...]:
+        """The segments inside the train rows. Segments never straddle the border: kinds come before adapters."""
+        return tuple(s for s in self.segments if s.stop <= self.num_train)
+
+    def trains(self, modules: Mapping[int, object] | tuple[int, ...]) -> bool:
+        """True when a train segment's adapter has weights on one of these modules."""
+        return any(m in self.factors[s.slot] for s in self.train_segments for m in modules)
+
+
+class Binding:
+    """The one mutable cell that all swapped modules of a base share: the step that is running, if any."""
+
+    __slots__ = ("step",)
+
+    def __init__(self) -> None:
+        self.step: StepContext | None = None

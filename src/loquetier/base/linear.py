@@ -1,0 +1,150 @@
+"""The base's linears: one GEMM over all rows, plus each segment's LoRA delta, with a backward for train rows only.
+
+LoRA weights are not autograd inputs. Their gradients are added in place to the step's float32 buffers when the
+backward passes, so the number of adapters in a step changes no graph, and a job's rows reach only its own buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from loquetier.base.context import Binding, StepContext
+from loquetier.errors import UnsupportedModelError
+from loquetier.kernels.reference import smlm_backward, smlm_forward
+
+
+class Member(NamedTuple):
+    """One linear of a group: its module index (-1: no adapter may sit on it) and its columns of the output."""
+
+    module: int
+    start: int
+    stop: int
+
+
+class LinearGroup:
+    """Linears that read the same tensor (q|k|v, gate|up), computed as one GEMM and handed out as column slices."""
+
+    def __init__(self, linears: Sequence[nn.Linear], modules: Sequence[int], binding: Binding) -> None:
+        self.binding = binding
+        stops = torch.tensor([m.out_features for m in linears]).cumsum(0).tolist()
+        starts = [0, *stops[:-1]]
+        self.members = tuple(Member(i, a, b) for i, a, b in zip(modules, starts, stops, strict=True))
+        self.adapted = tuple(m for m in self.members if m.module >= 0)
+        self.weight_NK = linears[0].weight if len(linears) == 1 else _concatenate(linears)
+        self.bias_N = _concatenate_bias(linears)
+        self._input: Tensor | None = None
+        self._output: Tensor | None = None
+        self._handed_out = 0
+
+    def member_output(self, x: Tensor, member: int) -> Tensor:
+        """Columns of this member for input `x`; the GEMM runs when the first member asks with a new tensor."""
+        if len(self.members) == 1:
+            return self.apply(x)
+        if self._input is not x:
+            self._input, self._output, self._handed_out = x, self.apply(x), 0
+        assert self._output is not None
+        m = self.members[member]
+        out = self._output[..., m.start : m.stop]
+        self._handed_out += 1
+        if self._handed_out == len(self.members):  # the last sibling: drop the references
+            self._input = self._output = None
+        return out
+
+    def apply(self, x: Tensor) -> Tensor:
+        """``x [..., K] -> [..., N]``: base plus deltas."""
+        step = self.binding.step
+        if step is None or not self._has_adapter_rows(step):
+            if step is not None and step.num_train and torch.is_grad_enabled() and x.requires_grad:
+                return self._differentiable(x, step)
+            return F.linear(x, self.weight_NK, self.bias_N)
+        if x.numel() // x.shape[-1] != step.num_rows:
+            raise UnsupportedModelError(
+                f"a linear with an adapter received {x.numel() // x.shape[-1]} rows in a step of {step.num_rows}: "
+                "this architecture routes rows around it; choose target_modules without it"
+            )
+        if step.num_train and torch.is_grad_enabled() and x.requires_grad:
+            return self._differentiable(x, step)
+        y = F.linear(x, self.weight_NK, self.bias_N)
+        self.add_deltas(x.reshape(step.num_rows, -1), y.view(step.num_rows, -1), step)
+        return y
+
+    def _differentiable(self, x: Tensor, step: StepContext) -> Tensor:
+        if x.numel() // x.shape[-1] != step.num_rows:  # rows were routed (MoE): plain autograd, nothing adapted here
+            return F.linear(x, self.weight_NK, self.bias_N)
+        out: Tensor = _UnifiedLinear.apply(x, self, step)  # type: ignore[no-untyped-call]
+        return out
+
+    def _has_adapter_rows(self, step: StepContext) -> bool:
+        return any(m.module in step.factors[s.slot] for s in step.segments for m in self.adapted)
+
+    def add_deltas(self, x_MK: Tensor, y_MN: Tensor, step: StepContext) -> None:
+        """``y += delta`` for every segment and member, in place."""
+        for m in self.adapted:
+            smlm_forward(x_MK, y_MN[:, m.start : m.stop], m.module, step.segments, step.factors)
+
+
+class _UnifiedLinear(torch.autograd.Function):
+    """Rows ``[0, num_train)`` are differentiated; the other rows pass through and leave nothing behind."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: LinearGroup, step: StepContext) -> Tensor:
+        num_rows, num_train = step.num_rows, step.num_train
+        y = F.linear(x, group.weight_NK, group.bias_N)
+        x_MK = x.reshape(num_rows, -1)
+        group.add_deltas(x_MK, y.view(num_rows, -1), step)
+        ctx.group, ctx.step, ctx.shape = group, step, x.shape
+        ctx.has_input = step.trains(tuple(m.module for m in group.adapted))
+        if ctx.has_input:
+            ctx.save_for_backward(x_MK if num_train == num_rows else x_MK[:num_train].clone())
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        group, step = ctx.group, ctx.step
+        num_train = step.num_train
+        dy_TN = grad_outputs[0].reshape(step.num_rows, -1)[:num_train]
+        partial = num_train < step.num_rows
+        dx = dy_TN.new_zeros(ctx.shape) if partial else dy_TN.new_empty(ctx.shape)
+        dx_TK = dx.view(step.num_rows, -1)[:num_train]
+        torch.mm(dy_TN, group.weight_NK, out=dx_TK)
+        if ctx.has_input:
+            (x_TK,) = ctx.saved_tensors
+            for m in group.adapted:
+                dy_member = dy_TN[:, m.start : m.stop]
+                smlm_backward(x_TK, dy_member, dx_TK, m.module, step.train_segments, step.factors, step.grads)
+        return dx, None, None
+
+
+class VirtualLinear(nn.Module):
+    """Stands where the model had an ``nn.Linear``; same weight object, same call, adapters added per segment."""
+
+    def __init__(self, linear: nn.Linear, group: LinearGroup, member: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self._group, self._member = group, member
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features] -> [..., out_features]``."""
+        return self._group.member_output(x, self._member)
+
+
+def _concatenate(linears: Sequence[nn.Linear]) -> Tensor:
+    """One weight for the group; the originals become views of it, so memory does not double."""
+    joined = torch.cat([m.weight.data for m in linears])
+    start = 0
+    for m in linears:
+        m.weight.data = joined[start : start + m.out_features]
+        start += m.out_features
+    return joined
+
+
+def _concatenate_bias(linears: Sequence[nn.Linear]) -> Tensor | None:
+    if all(m.bias is None for m in linears):
+        return None
+    return torch.cat([m.bias.data if m.bias is not None else m.weight.new_zeros(m.out_features) for m in linears])

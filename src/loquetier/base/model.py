@@ -1,0 +1,126 @@
+"""The base: a Hugging Face causal LM after surgery, and the two calls the engine makes on it."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loquetier.adapters.spec import LinearTarget
+from loquetier.base.attention import ATTENTION_NAME, STEP_KEYWORD, register
+from loquetier.base.context import Binding, StepContext
+from loquetier.base.kv_cache import KVCache
+from loquetier.base.loading import LoadedBase
+from loquetier.base.support import check_supported, decoder_layers, decoder_stack, linear_targets
+from loquetier.base.surgery import cut_layers, limit_row_modules, swap_linears
+
+
+class Base:
+    """One frozen decoder model, shared by every adapter. Used by the engine thread only.
+
+    Args:
+        loaded: the model as it was loaded; it is changed in place and belongs to the base from here on.
+
+    Raises:
+        UnsupportedModelError: by name and reason, before anything is changed.
+    """
+
+    def __init__(self, loaded: LoadedBase) -> None:
+        model = loaded.model
+        check_supported(model)
+        self.loaded = loaded
+        self.name = loaded.name
+        self.tokenizer = loaded.tokenizer
+        self.config: Any = model.config
+        self.targets: tuple[LinearTarget, ...] = linear_targets(model)
+        self.num_layers = len(decoder_layers(model))
+        self.vocab_size = int(self.config.vocab_size)
+        self.dtype, self.device = model.dtype, model.device
+        self.kv_heads = int(getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads)
+        self.head_dim = int(
+            getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
+        )
+        self._binding = Binding()
+        register()
+        layers = list(decoder_layers(model))
+        swap_linears(model, self.targets, self._binding)
+        limit_row_modules(model, layers, self._binding)
+        cut_layers(layers, self._binding)
+        model.set_attn_implementation(ATTENTION_NAME)
+        self._stack = decoder_stack(model)
+        self._head = _head_only(model, self._stack)
+
+    def new_cache(self, num_pages: int, page_size: int) -> KVCache:
+        """An empty KV cache of this base's shape."""
+        return KVCache(
+            num_layers=self.num_layers,
+            num_pages=num_pages,
+            page_size=page_size,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def page_bytes(self, page_size: int) -> int:
+        """Bytes of one KV page over all layers."""
+        return KVCache.page_bytes(self.num_layers, page_size, self.kv_heads, self.head_dim, self.dtype)
+
+    def hidden(self, ids_M: Tensor, positions_M: Tensor, step: StepContext) -> Tensor:
+        """Final hidden states ``[M, D]`` (after the last norm) of a step's rows.
+
+        With `step.cuts` the graph of the train rows is recorded, cut at each layer's input; without, nothing is.
+        """
+        self._binding.step = step
+        try:
+            with torch.set_grad_enabled(step.cuts is not None):
+                out = self._stack(
+                    input_ids=ids_M[None],
+                    position_ids=positions_M[None],
+                    past_key_values=None,
+                    use_cache=False,
+                    **{STEP_KEYWORD: step},
+                )
+        finally:
+            self._binding.step = None
+        hidden_MD: Tensor = out.last_hidden_state[0]
+        return hidden_MD
+
+    def logits(self, hidden_ND: Tensor, step: StepContext) -> Tensor:
+        """Logits ``[N, V]`` of some rows: lm_head and whatever the model does after it (softcap, scaling).
+
+        `step` describes these N rows (segments matter when an adapter sits on lm_head); see `head_step`. Gradients
+        flow when `hidden_ND` requires them.
+        """
+        self._binding.step = step
+        try:
+            out = self._head(inputs_embeds=hidden_ND[None], use_cache=False)
+        finally:
+            self._binding.step = None
+        logits_NV: Tensor = out.logits[0]
+        return logits_NV
+
+
+def _head_only(model: nn.Module, stack: nn.Module) -> nn.Module:
+    """A shallow copy of the causal LM whose decoder hands its input through: only the head's own code is left.
+
+    It shares lm_head and every parameter with the model; like the paper's virtual modules it owns nothing but a
+    different table of children.
+    """
+    head = copy.copy(model)
+    head._modules = dict(model._modules)
+    name = next(n for n, child in model.named_children() if child is stack)
+    head._modules[name] = _PassThrough()
+    return head
+
+
+class _PassThrough(nn.Module):
+    """Stands for the decoder in the head-only copy."""
+
+    def forward(self, *, inputs_embeds: Tensor, **_: Any) -> Any:
+        return SimpleNamespace(
+            last_hidden_state=inputs_embeds, past_key_values=None, hidden_states=None, attentions=None, router_logits=None
+        )

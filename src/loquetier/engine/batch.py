@@ -1,0 +1,248 @@
+"""From a plan to a flat batch: token ids, positions, labels and the step context, with one copy to the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from loquetier.base.context import DecodeRows, LayerCuts, PrefillSpan, StepContext
+from loquetier.base.kv_cache import TRASH_PAGE, KVCache
+from loquetier.engine.rows import BASE_SLOT, PrefillChunk, StepPlan, TrainItem
+from loquetier.engine.rows import Sequence as TokenSequence
+from loquetier.kernels.reference import FactorTable, Segment
+from loquetier.training.data import Example
+from loquetier.training.loss import LabelledRows
+
+Int64s = npt.NDArray[np.int64]
+ExampleOf = Callable[[TrainItem], tuple[Example, float]]
+"""The example behind an item, and the weight of each of its labelled rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class ItemRows:
+    """Where an item's labelled rows lie in a `LabelledRows`."""
+
+    item: TrainItem
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """Labelled rows of a kind, and which item each belongs to."""
+
+    rows: LabelledRows
+    items: tuple[ItemRows, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's input."""
+
+    ids_M: Tensor
+    positions_M: Tensor
+    step: StepContext
+    train_labels: Labels
+    eval_labels: Labels
+    """Row numbers count from the first EVAL row."""
+    num_eval: int
+    sampled: tuple[TokenSequence, ...]
+    """Sequences that get a token from this step, in row order."""
+    sample_rows: Int64s
+    prompt_chunks: tuple[tuple[PrefillChunk, int], ...]
+    """Chunks whose every row's logits are wanted, with their first row."""
+
+
+@dataclass(slots=True)
+class _Draft:
+    """Rows collected so far, kind by kind."""
+
+    ids: list[Int64s] = field(default_factory=list)
+    positions: list[Int64s] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+    num_rows: int = 0
+
+    def add(self, tokens: Sequence[int], first_position: int, slot: int) -> int:
+        """Append consecutive tokens; returns their first row. Neighbours on one slot share a segment."""
+        start, stop = self.num_rows, self.num_rows + len(tokens)
+        self.ids.append(np.asarray(tokens, dtype=np.int64))
+        self.positions.append(np.arange(first_position, first_position + len(tokens)))
+        if slot != BASE_SLOT:
+            if self.segments and self.segments[-1].slot == slot and self.segments[-1].stop == start:
+                start_of_run = self.segments.pop().start
+                self.segments.append(Segment(slot, start_of_run, stop))
+            else:
+                self.segments.append(Segment(slot, start, stop))
+        self.num_rows = stop
+        return start
+
+    def close_kind(self) -> None:
+        """No segment may cross from TRAIN rows to others: only TRAIN segments are differentiated."""
+        self.segments.append(Segment(BASE_SLOT, self.num_rows, self.num_rows))
+
+
+def build_batch(
+    plan: StepPlan,
+    example_of: ExampleOf,
+    factors: FactorTable,
+    grads: FactorTable,
+    cache: KVCache,
+    cuts: LayerCuts | None,
+) -> Batch:
+    """Lay a plan's rows out as ``[TRAIN | EVAL | PREFILL | DECODE]``.
+
+    Args:
+        example_of: looks a TRAIN or EVAL item up.
+        factors, grads: what the step's segments read and accumulate into.
+        cuts: the tape that records the TRAIN rows; None when there are none.
+    """
+    draft = _Draft()
+    train_spans, train_labels = _add_items(draft, plan.train, example_of)
+    num_train = draft.num_rows
+    draft.close_kind()
+    eval_spans, eval_labels = _add_items(draft, plan.evaluate, example_of)
+    cache_start = draft.num_rows
+    chunk_rows = [draft.add(c.seq.tokens[c.start : c.start + c.length], c.start, c.seq.slot) for c in plan.prefill]
+    decode_start = draft.num_rows
+    for seq in plan.decode:
+        draft.add(seq.tokens[-1:], seq.num_computed, seq.slot)
+    packed = _Packer(cache.keys[0].device)
+    ids, positions = packed.add(_joined(draft.ids)), packed.add(_joined(draft.positions))
+    cache_rows = packed.add(_cache_rows(plan, cache.page_size))
+    tables = [packed.add(np.asarray(c.seq.pages, dtype=np.int64)) for c in plan.prefill]
+    decode_pages = packed.add(_page_tables(plan.decode))
+    packed.send()
+    step = StepContext(
+        num_rows=draft.num_rows,
+        num_train=num_train,
+        segments=tuple(s for s in draft.segments if s.slot != BASE_SLOT),
+        factors=factors,
+        grads=grads,
+        spans=(*train_spans, *eval_spans),
+        prefill=tuple(
+            PrefillSpan(row, row + c.length, c.start, table())
+            for row, c, table in zip(chunk_rows, plan.prefill, tables, strict=True)
+        ),
+        decode=DecodeRows(decode_start, positions()[decode_start:], decode_pages(), cache.page_size) if plan.decode else None,
+        cache=cache,
+        cache_start=cache_start,
+        cache_rows=cache_rows(),
+        cuts=cuts,
+    )
+    done = [(c.seq, row + c.length - 1) for c, row in zip(plan.prefill, chunk_rows, strict=True) if _is_last(c)]
+    done += [(seq, decode_start + i) for i, seq in enumerate(plan.decode)]
+    wanted = tuple((c, row) for c, row in zip(plan.prefill, chunk_rows, strict=True) if c.seq.needs_prompt_logits)
+    return Batch(
+        ids_M=ids(),
+        positions_M=positions(),
+        step=step,
+        train_labels=train_labels,
+        eval_labels=_shifted(eval_labels, -num_train),
+        num_eval=cache_start - num_train,
+        sampled=tuple(seq for seq, _ in done),
+        sample_rows=np.asarray([row for _, row in done], dtype=np.int64),
+        prompt_chunks=wanted,
+    )
+
+
+def head_step(step: StepContext, rows: Int64s, head_module: int | None, *, with_grad: bool) -> StepContext:
+    """The context for lm_head on some rows (ascending). Segments matter only if an adapter sits on lm_head."""
+    segments: list[Segment] = []
+    if head_module is not None:
+        for s in step.segments:
+            lo, hi = (int(i) for i in np.searchsorted(rows, [s.start, s.stop]))
+            if hi > lo and head_module in step.factors[s.slot]:
+                segments.append(Segment(s.slot, lo, hi))
+    return StepContext(
+        num_rows=len(rows),
+        num_train=len(rows) if with_grad else 0,
+        segments=tuple(segments),
+        factors=step.factors,
+        grads=step.grads,
+    )
+
+
+def _is_last(chunk: PrefillChunk) -> bool:
+    return chunk.start + chunk.length == len(chunk.seq.tokens)
+
+
+def _add_items(
+    draft: _Draft, items: Iterable[TrainItem], example_of: ExampleOf
+) -> tuple[list[tuple[int, int]], Labels]:
+    spans: list[tuple[int, int]] = []
+    rows: list[Int64s] = []
+    targets: list[Int64s] = []
+    weights: list[npt.NDArray[np.float32]] = []
+    item_rows: list[ItemRows] = []
+    at = 0
+    for item in items:
+        example, weight = example_of(item)
+        start = draft.add(example.tokens[:-1], 0, item.slot)
+        spans.append((start, draft.num_rows))
+        rows.append(example.label_rows + start)
+        targets.append(example.label_targets)
+        weights.append(np.full(example.num_labels, weight, dtype=np.float32))
+        item_rows.append(ItemRows(item, at, at + example.num_labels))
+        at += example.num_labels
+    empty = np.zeros(0, dtype=np.float32)
+    labelled = LabelledRows(_joined(rows), _joined(targets), np.concatenate(weights) if weights else empty)
+    return spans, Labels(labelled, tuple(item_rows))
+
+
+def _shifted(labels: Labels, by: int) -> Labels:
+    rows = labels.rows
+    return Labels(LabelledRows(rows.rows + by, rows.targets, rows.weights), labels.items)
+
+
+def _joined(parts: list[Int64s]) -> Int64s:
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+
+def _cache_rows(plan: StepPlan, page_size: int) -> Int64s:
+    """Flat cache position ``page * page_size + offset`` of every PREFILL and DECODE row."""
+    parts = []
+    for c in plan.prefill:
+        positions = np.arange(c.start, c.start + c.length)
+        parts.append(np.asarray(c.seq.pages, dtype=np.int64)[positions // page_size] * page_size + positions % page_size)
+    if plan.decode:
+        at = np.asarray([s.num_computed for s in plan.decode], dtype=np.int64)
+        pages = np.asarray([s.pages[s.num_computed // page_size] for s in plan.decode], dtype=np.int64)
+        parts.append(pages * page_size + at % page_size)
+    return _joined(parts)
+
+
+def _page_tables(decode: Sequence[TokenSequence]) -> Int64s:
+    """``[N, most pages]``, padded with the trash page."""
+    width = max((len(s.pages) for s in decode), default=0)
+    table = np.full((len(decode), width), TRASH_PAGE, dtype=np.int64)
+    for row, seq in zip(table, decode, strict=True):
+        row[: len(seq.pages)] = seq.pages
+    return table
+
+
+class _Packer:
+    """Collects integer arrays and sends them to the device as one tensor; hands out views of it afterwards."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._arrays: list[Int64s] = []
+        self._sent: Tensor | None = None
+        self._size = 0
+
+    def add(self, array: Int64s) -> Callable[[], Tensor]:
+        start, self._size = self._size, self._size + array.size
+        self._arrays.append(array.ravel())
+
+        def view() -> Tensor:
+            assert self._sent is not None
+            return self._sent[start : start + array.size].view(array.shape)
+
+        return view
+
+    def send(self) -> None:
+        self._sent = torch.from_numpy(_joined(self._arrays)).to(self._device)

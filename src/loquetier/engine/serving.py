@@ -1,0 +1,187 @@
+"""The serving side of a step: requests, their choices, sampling and delivery."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from loquetier.adapters.registry import AdapterRegistry, AdapterVersion
+from loquetier.base.model import Base
+from loquetier.config import SamplingParams
+from loquetier.engine.batch import Batch, head_step
+from loquetier.engine.detokenize import IncrementalDetokenizer
+from loquetier.engine.request import Choice, Request, TokenEvent, advance
+from loquetier.engine.rows import Sequence, SequenceStatus
+from loquetier.engine.sampler import SampledTokens, new_state, prompt_logprobs, sample
+from loquetier.engine.scheduler import Scheduler
+from loquetier.engine.stopping import StopChecker
+from loquetier.errors import ConfigError, ContextLengthError, EngineError, LoquetierError
+
+PROMPT_CHUNK_ROWS = 128
+"""Rows of prompt logits alive at a time."""
+
+
+@dataclass(slots=True)
+class Serving:
+    """Owns every request of the engine."""
+
+    base: Base
+    scheduler: Scheduler
+    registry: AdapterRegistry
+    max_context: int
+    head_module: int | None
+    requests: dict[int, Request] = field(default_factory=dict)
+    choices: dict[int, Choice] = field(default_factory=dict)
+    """By sequence id."""
+    _ids: count[int] = field(default_factory=count)
+    _seq_ids: count[int] = field(default_factory=count)
+    tokens_generated: int = 0
+    """Since the engine began."""
+
+    def add(
+        self, prompt: list[int], model: str, params: SamplingParams, sink: Callable[[TokenEvent], None], priority: int = 0
+    ) -> Request:
+        """Queue a request; all of it is accepted, or nothing is changed and an error raised.
+
+        Raises:
+            AdapterNotFoundError, ContextLengthError, OutOfKVMemoryError, ConfigError: see `Runtime.generate`.
+        """
+        max_total = self._max_total(prompt, params)
+        version = self.registry.acquire(model)
+        request = Request(next(self._ids), version, params, self.base.loaded.eos_token_ids, sink)
+        added: list[Sequence] = []
+        try:
+            for index in range(params.n):
+                choice = self._new_choice(request, index, list(prompt), max_total, priority)
+                self.scheduler.add(choice.seq)
+                added.append(choice.seq)
+                request.choices.append(choice)
+        except LoquetierError:
+            for seq in added:
+                self.scheduler.abort(seq)
+            self.registry.release(version)
+            raise
+        self.requests[request.request_id] = request
+        self.choices.update((c.seq.seq_id, c) for c in request.choices)
+        request.num_open = len(request.choices)
+        return request
+
+    def _max_total(self, prompt: list[int], params: SamplingParams) -> int:
+        if not prompt:
+            raise ConfigError("prompt is empty: at least one token is needed")
+        bad = next((t for t in prompt if not 0 <= t < self.base.vocab_size), None)
+        if bad is not None:
+            raise ConfigError(f"prompt has token id {bad}; ids must be in [0, {self.base.vocab_size})")
+        if len(prompt) >= self.max_context:
+            raise ContextLengthError(
+                f"the prompt has {len(prompt)} tokens and the context is {self.max_context}: no room for an answer. "
+                "Shorten the prompt."
+            )
+        if params.max_tokens is not None and len(prompt) + params.max_tokens > self.max_context:
+            raise ContextLengthError(
+                f"prompt ({len(prompt)} tokens) plus max_tokens ({params.max_tokens}) is more than the context of "
+                f"{self.max_context} tokens. Shorten the prompt or lower max_tokens."
+            )
+        if params.min_tokens > self.max_context - len(prompt):
+            raise ContextLengthError(
+                f"min_tokens ({params.min_tokens}) does not fit beside a prompt of {len(prompt)} tokens in the context of "
+                f"{self.max_context}."
+            )
+        return self.max_context if params.max_tokens is None else len(prompt) + params.max_tokens
+
+    def _new_choice(self, request: Request, index: int, prompt: list[int], max_total: int, priority: int) -> Choice:
+        params, tokenizer = request.params, self.base.tokenizer
+        if tokenizer is None and params.stop:
+            raise ConfigError("stop strings need a tokenizer, and this base was loaded without one; use stop_token_ids")
+        seq = Sequence(
+            seq_id=next(self._seq_ids),
+            tokens=prompt,
+            prompt_len=len(prompt),
+            max_total_len=max_total,
+            slot=request.version.slot,
+            priority=priority,
+            needs_prompt_logits=params.prompt_logprobs is not None,
+        )
+        sampler = new_state(params, index, prompt, request.eos_token_ids, self.base.vocab_size, self.base.device)
+        detokenizer = None
+        if tokenizer is not None:
+            detokenizer = IncrementalDetokenizer(tokenizer, prompt, params.skip_special_tokens)
+        return Choice(request, index, seq, sampler, detokenizer, StopChecker(params.stop))
+
+    def sample(self, batch: Batch, hidden_MD: Tensor) -> SampledTokens | None:
+        """Sample the next token of every sequence that is complete up to its last token."""
+        with torch.no_grad():
+            for chunk, row in batch.prompt_chunks:
+                self._prompt_logprobs(batch, hidden_MD, chunk.seq, chunk.start, row, chunk.length)
+            if not batch.sampled:
+                return None
+            rows_N = torch.from_numpy(batch.sample_rows).to(hidden_MD.device)
+            step = head_step(batch.step, batch.sample_rows, self.head_module, with_grad=False)
+            logits_NV = self.base.logits(hidden_MD.index_select(0, rows_N), step)
+            states = [self.choices[seq.seq_id].sampler for seq in batch.sampled]
+            return sample(logits_NV, states, [seq.num_generated for seq in batch.sampled])
+
+    def _prompt_logprobs(
+        self, batch: Batch, hidden_MD: Tensor, seq: Sequence, start: int, row: int, length: int
+    ) -> None:
+        """Rows of a prompt chunk predict the prompt's next tokens; the last prompt row predicts the answer."""
+        choice = self.choices[seq.seq_id]
+        k = choice.request.params.prompt_logprobs
+        assert k is not None
+        stop = min(start + length, seq.prompt_len - 1)
+        for at in range(start, stop, PROMPT_CHUNK_ROWS):
+            n = min(PROMPT_CHUNK_ROWS, stop - at)
+            rows = torch.arange(row + at - start, row + at - start + n).numpy()
+            step = head_step(batch.step, rows, self.head_module, with_grad=False)
+            logits_LV = self.base.logits(hidden_MD[rows[0] : rows[-1] + 1], step)
+            found = prompt_logprobs(logits_LV, seq.tokens[at + 1 : at + 1 + n], k)
+            choice.prompt_logprobs.update(zip(range(at + 1, at + 1 + n), found, strict=True))
+
+    def deliver(self, batch: Batch, sampled: SampledTokens | None) -> None:
+        """Append the sampled tokens, tell the clients, end what is finished. After `Scheduler.commit`."""
+        if sampled is None:
+            return
+        for i, seq in enumerate(batch.sampled):
+            choice = self.choices.get(seq.seq_id)
+            if choice is None or seq.status is not SequenceStatus.RUNNING:
+                continue  # aborted while the step ran
+            if sampled.failed[i]:
+                label = choice.request.version.label
+                self.end(choice, EngineError(f"{label} gave logits that are not finite; no token can be chosen"))
+                continue
+            self.tokens_generated += 1
+            event = advance(choice, sampled.token_ids[i], sampled.logprobs[i], sampled.top[i])
+            if event.finish_reason is not None:
+                self.scheduler.finish(seq)
+                self._forget(choice)
+            choice.request.sink(event)
+
+    def end(self, choice: Choice, error: LoquetierError | None) -> None:
+        """End one choice early: aborted by its client (no error), or failed."""
+        self.scheduler.abort(choice.seq)
+        self._forget(choice)
+        reason = "abort" if error is None else "error"
+        choice.request.sink(TokenEvent(choice.index, None, "", finish_reason=reason, error=error))
+
+    def abort(self, request_id: int, error: LoquetierError | None = None) -> None:
+        """End every open choice of a request; one that is finished or unknown is left alone."""
+        request = self.requests.get(request_id)
+        for choice in list(request.choices) if request else ():
+            if choice.seq.seq_id in self.choices:
+                self.end(choice, error)
+
+    def _forget(self, choice: Choice) -> None:
+        del self.choices[choice.seq.seq_id]
+        request = choice.request
+        request.num_open -= 1
+        if request.num_open == 0:
+            del self.requests[request.request_id]
+            self.registry.release(request.version)
+
+    def users_of(self, version: AdapterVersion) -> int:
+        """Requests running on a version."""
+        return sum(r.version is version for r in self.requests.values())

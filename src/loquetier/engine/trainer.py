@@ -1,0 +1,136 @@
+"""The training side of a step: jobs and evaluations, the open tape, losses, backward units, optimizer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from loquetier.adapters.arena import Arena
+from loquetier.base.model import Base
+from loquetier.engine.batch import Batch, Int64s, Labels, head_step
+from loquetier.engine.rows import StepPlan, TrainItem
+from loquetier.errors import LoquetierError
+from loquetier.kernels.reference import Factors
+from loquetier.training.data import Example
+from loquetier.training.job import EvalResult, EvalTask, FinetuneJob, JobStatus, StepRecord
+from loquetier.training.loss import linear_cross_entropy
+from loquetier.training.tape import GraphTape
+
+JobListener = Callable[[FinetuneJob, StepRecord | None], None]
+"""Told of every optimizer step (with its record) and every change of state (None). Must not block."""
+
+
+@dataclass(slots=True)
+class Trainer:
+    """Owns every job and evaluation of the engine, and the one tape that may be open."""
+
+    base: Base
+    arena: Arena
+    head_module: int | None
+    """Module index of lm_head, where adapters may sit on it."""
+    jobs: dict[int, FinetuneJob] = field(default_factory=dict)
+    """Jobs that still hold a slot, by id."""
+    evaluations: dict[int, tuple[EvalTask, Callable[[EvalResult | LoquetierError], None]]] = field(default_factory=dict)
+    tape: GraphTape | None = None
+
+    @property
+    def has_work(self) -> bool:
+        """Something would run if a step were planned."""
+        return bool(self.tape or self.evaluations or any(j.status is JobStatus.RUNNING for j in self.jobs.values()))
+
+    @property
+    def open_units(self) -> int:
+        """Backward units left of the open tape."""
+        return self.tape.units_left if self.tape else 0
+
+    def train_items(self) -> list[TrainItem]:
+        """What the jobs want trained next."""
+        return [item for job in self.jobs.values() for item in job.ready_items()]
+
+    def eval_items(self) -> list[TrainItem]:
+        """What the evaluations want computed next."""
+        return [item for task, _ in self.evaluations.values() for item in task.ready_items()]
+
+    def example_of(self, item: TrainItem) -> tuple[Example, float]:
+        """The example behind an item, and the weight of its labelled rows."""
+        if item.job_id in self.evaluations:
+            return self.evaluations[item.job_id][0].examples[item.item_id], 1.0
+        job = self.jobs[item.job_id]
+        return job.example(item.item_id), job.row_weight
+
+    def open_tape(self, plan: StepPlan) -> GraphTape | None:
+        """A tape for the plan's TRAIN rows, or None when it has none. Marks its items as taken."""
+        for task, _ in self.evaluations.values():
+            task.take(sum(item.job_id == task.task_id for item in plan.evaluate))
+        if not plan.train:
+            return None
+        assert self.tape is None, "the scheduler opens one tape at a time"
+        for job in self.jobs.values():
+            job.take({item.item_id for item in plan.train if item.job_id == job.job_id})
+        slots = {item.slot for item in plan.train}
+        layers = [m.target.layer for s in slots for m in self.arena.modules(s)]
+        first = min((layer for layer in layers if layer is not None), default=self.base.num_layers)
+        self.tape = GraphTape(plan.train, sum(item.num_rows for item in plan.train), first)
+        return self.tape
+
+    def grads(self) -> Mapping[int, Mapping[int, Factors]]:
+        """Gradient buffers of every job's slot."""
+        return {job.slot: job.optimizer.grad_views for job in self.jobs.values()}
+
+    def losses(self, batch: Batch, hidden_MD: Tensor) -> None:
+        """Losses of TRAIN and EVAL rows; starts the tape's backward with their gradient."""
+        num_train = batch.step.num_train
+        if num_train:
+            assert self.tape is not None
+            train_TD = self.tape.close(hidden_MD)
+            grad_TD = self._losses(batch, train_TD, 0, batch.train_labels, with_grad=True)
+            assert grad_TD is not None
+            self.tape.start(grad_TD)
+        if batch.num_eval:
+            eval_ED = hidden_MD.detach()[num_train : num_train + batch.num_eval]
+            self._losses(batch, eval_ED, num_train, batch.eval_labels, with_grad=False)
+
+    def _losses(self, batch: Batch, hidden_TD: Tensor, first_row: int, labels: Labels, *, with_grad: bool) -> Tensor | None:
+        def head(hidden_nD: Tensor, rows: Int64s) -> Tensor:
+            step = head_step(batch.step, rows + first_row, self.head_module, with_grad=with_grad)
+            return self.base.logits(hidden_nD, step)
+
+        losses, grad_TD = linear_cross_entropy(hidden_TD, labels.rows, head, with_grad=with_grad)
+        nll, correct = (np.cumsum(np.append(0.0, t.double().numpy(force=True))) for t in (losses.nll_L, losses.correct_L))
+        for item, start, stop in ((r.item, r.start, r.stop) for r in labels.items):
+            owner = self.evaluations[item.job_id][0] if item.job_id in self.evaluations else self.jobs[item.job_id]
+            owner.record(float(nll[stop] - nll[start]), float(correct[stop] - correct[start]), stop - start)
+        return grad_TD
+
+    def backward(self, units: int) -> int:
+        """Run up to `units` of the open tape; returns rows times units that ran. Closes the tape at the last."""
+        if self.tape is None:
+            return 0
+        ran = min(units, self.tape.units_left)
+        for _ in range(ran):
+            self.tape.run_unit()
+        rows = ran * self.tape.num_train
+        if self.tape.units_left == 0:
+            for job in self.jobs.values():
+                job.finish_items(sum(item.job_id == job.job_id for item in self.tape.items))
+            self.tape = None
+        return rows
+
+    def optimize(self) -> list[tuple[FinetuneJob, StepRecord | LoquetierError]]:
+        """Optimizer steps of the jobs whose accumulation is complete. A failed one changes no weights."""
+        done: list[tuple[FinetuneJob, StepRecord | LoquetierError]] = []
+        for job in self.jobs.values():
+            if job.is_step_ready and not job.status.is_final:
+                try:
+                    done.append((job, job.optimizer_step()))
+                except LoquetierError as error:
+                    done.append((job, error))
+        return done
+
+    def finished_evaluations(self) -> list[tuple[EvalTask, Callable[[EvalResult | LoquetierError], None]]]:
+        """Evaluations whose last example is done; they are forgotten here."""
+        done = [task_id for task_id, (task, _) in self.evaluations.items() if task.is_done]
+        return [self.evaluations.pop(task_id) for task_id in done]

@@ -1,0 +1,268 @@
+"""One fine-tuning job: its data, its place in them, its optimizer and its history. Driven by the engine thread."""
+
+from __future__ import annotations
+
+import enum
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from loquetier.adapters.spec import LoraSpec
+from loquetier.config import TrainingConfig
+from loquetier.engine.rows import TrainItem
+from loquetier.errors import JobStateError, LoquetierError, TrainingDivergedError
+from loquetier.training.data import Example, batches
+from loquetier.training.optimizer import AdapterOptimizer, learning_rate
+
+
+class JobStatus(enum.Enum):
+    """States of a job; the last three are final."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_final(self) -> bool:
+        """True when the job will never run again."""
+        return self in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """Means over the labelled tokens of an evaluation set."""
+
+    loss: float
+    accuracy: float
+    """Part of the labelled tokens that are the model's first choice."""
+    num_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(loss)``."""
+        return math.exp(min(self.loss, 700.0))
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One optimizer step. Loss and accuracy are means over the step's labelled tokens, before the update."""
+
+    step: int
+    """1-based."""
+    loss: float
+    accuracy: float
+    learning_rate: float
+    grad_norm: float
+    """Before clipping."""
+    num_tokens: int
+    """Rows computed for this step, labelled or not; there is no padding."""
+    seconds: float
+    """Wall time since the step's first rows were scheduled."""
+    evaluation: EvalResult | None = None
+
+
+@dataclass(slots=True)
+class LossSum:
+    """Running sums of labelled rows' losses."""
+
+    nll: float = 0.0
+    correct: float = 0.0
+    num_labels: int = 0
+
+    def add(self, nll: float, correct: float, num_labels: int) -> None:
+        """Add one item's sums."""
+        self.nll += nll
+        self.correct += correct
+        self.num_labels += num_labels
+
+    def result(self) -> EvalResult:
+        """The means."""
+        n = max(1, self.num_labels)
+        return EvalResult(self.nll / n, self.correct / n, self.num_labels)
+
+
+@dataclass(slots=True)
+class EvalTask:
+    """An evaluation set that runs as EVAL rows on one slot."""
+
+    task_id: int
+    slot: int
+    examples: tuple[Example, ...]
+    sums: LossSum = field(default_factory=LossSum)
+    _next: int = 0
+    _done: int = 0
+
+    def ready_items(self) -> list[TrainItem]:
+        """Examples not yet scheduled."""
+        return [
+            TrainItem(self.task_id, i, self.examples[i].num_rows, self.slot) for i in range(self._next, len(self.examples))
+        ]
+
+    def take(self, count: int) -> None:
+        """The first `count` of `ready_items` were scheduled."""
+        self._next += count
+
+    def record(self, nll: float, correct: float, num_labels: int) -> None:
+        """One example's losses."""
+        self.sums.add(nll, correct, num_labels)
+        self._done += 1
+
+    @property
+    def is_done(self) -> bool:
+        """Every example has its losses."""
+        return self._done == len(self.examples)
+
+
+class FinetuneJob:
+    """State of one job. It offers the examples of its current optimizer step; the engine runs them in any split.
+
+    Each row's weight is 1 / (labelled tokens of the whole optimizer step), so the gradient is the same however the
+    step's examples are spread over engine steps.
+    """
+
+    def __init__(
+        self,
+        job_id: int,
+        name: str,
+        spec: LoraSpec,
+        config: TrainingConfig,
+        examples: tuple[Example, ...],
+        eval_examples: tuple[Example, ...],
+        slot: int,
+        optimizer: AdapterOptimizer,
+    ) -> None:
+        self.job_id, self.name, self.spec, self.config = job_id, name, spec, config
+        self.examples, self.eval_examples = examples, eval_examples
+        self.slot, self.optimizer = slot, optimizer
+        self.status = JobStatus.RUNNING
+        self.error: LoquetierError | None = None
+        self.history: list[StepRecord] = []
+        self.evaluation: EvalTask | None = None
+        """Running evaluation on the training slot; no training rows are offered meanwhile."""
+        per_step = config.batch_size * config.gradient_accumulation_steps
+        steps_per_epoch = math.ceil(len(examples) / per_step)
+        self.total_steps = config.max_steps or config.num_epochs * steps_per_epoch
+        self._batches: Iterator[list[int]] = batches(
+            len(examples), per_step, seed=config.seed, shuffle=config.shuffle, epochs=None
+        )
+        self._todo: list[TrainItem] = []
+        self._num_open = 0
+        """Items of the current step whose backward is not complete yet."""
+        self._step_labels = 0
+        self._step_rows = 0
+        self._sums = LossSum()
+        self._started = 0.0
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps done."""
+        return len(self.history)
+
+    @property
+    def is_published_now(self) -> bool:
+        """Whether the step just done is one to publish."""
+        publish, step = self.config.publish, self.num_steps
+        if step == self.total_steps:
+            return True
+        return publish == "every_step" or (publish == "every_n_steps" and step % self.config.publish_every == 0)
+
+    @property
+    def is_eval_due(self) -> bool:
+        """Whether the step just done asks for an evaluation."""
+        every = self.config.eval_every
+        return bool(self.eval_examples) and every > 0 and (self.num_steps % every == 0 or self.num_steps == self.total_steps)
+
+    def ready_items(self) -> list[TrainItem]:
+        """Examples of the current optimizer step not yet scheduled; draws the next step's when it may start."""
+        if self.status is not JobStatus.RUNNING or self.evaluation is not None:
+            return []
+        if not self._todo and self._num_open == 0 and self.num_steps < self.total_steps:
+            self._draw()
+        return self._todo
+
+    def _draw(self) -> None:
+        numbers = next(self._batches)
+        chosen = [self.examples[i] for i in numbers]
+        # item_id carries the example's number and its place in the step: an epoch may repeat inside one step.
+        self._todo = [
+            TrainItem(self.job_id, place * len(self.examples) + number, example.num_rows, self.slot)
+            for place, (number, example) in enumerate(zip(numbers, chosen, strict=True))
+        ]
+        self._num_open = len(numbers)
+        self._step_labels = sum(e.num_labels for e in chosen)
+        self._step_rows = sum(e.num_rows for e in chosen)
+        self._sums = LossSum()
+        self._started = time.monotonic()
+
+    def example(self, item_id: int) -> Example:
+        """The example behind an item."""
+        return self.examples[item_id % len(self.examples)]
+
+    @property
+    def row_weight(self) -> float:
+        """Weight of each labelled row's loss in the current optimizer step."""
+        return 1.0 / self._step_labels
+
+    def take(self, items: set[int]) -> None:
+        """These items (ids) were scheduled."""
+        self._todo = [i for i in self._todo if i.item_id not in items]
+
+    def record(self, nll: float, correct: float, num_labels: int) -> None:
+        """One item's forward is done."""
+        self._sums.add(nll, correct, num_labels)
+
+    def finish_items(self, count: int) -> None:
+        """The backward of this many items is complete."""
+        self._num_open -= count
+        assert self._num_open >= 0
+
+    @property
+    def has_open_rows(self) -> bool:
+        """Items are between their forward and the end of their backward."""
+        return self._num_open > len(self._todo)
+
+    @property
+    def is_step_ready(self) -> bool:
+        """Every item of the optimizer step has its gradient."""
+        return self._step_labels > 0 and self._num_open == 0 and not self._todo and self._sums.num_labels > 0
+
+    def optimizer_step(self) -> StepRecord:
+        """Clip, update, record.
+
+        Raises:
+            TrainingDivergedError: loss or gradient is not finite; the weights are as they were.
+        """
+        means = self._sums.result()
+        lr = learning_rate(self.config, self.num_steps, self.total_steps)
+        norm = self.optimizer.step(lr)
+        if not (math.isfinite(norm) and math.isfinite(means.loss)):
+            raise TrainingDivergedError(
+                f"job {self.name!r}: loss {means.loss} and gradient norm {norm} at step {self.num_steps + 1}; the weights of "
+                f"step {self.num_steps} are kept. Lower learning_rate ({self.config.learning_rate}) or max_grad_norm."
+            )
+        seconds = time.monotonic() - self._started
+        record = StepRecord(self.num_steps + 1, means.loss, means.accuracy, lr, norm, self._step_rows, seconds)
+        self.history.append(record)
+        self._sums = LossSum()
+        return record
+
+    def attach_evaluation(self, result: EvalResult) -> None:
+        """Put an evaluation's result into the record of the step it was made after."""
+        self.history[-1] = replace(self.history[-1], evaluation=result)
+
+    def move(self, to: JobStatus) -> None:
+        """Change state.
+
+        Raises:
+            JobStateError: not from the present state; nothing changed.
+        """
+        allowed = {
+            JobStatus.RUNNING: {JobStatus.PAUSED, JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED},
+            JobStatus.PAUSED: {JobStatus.RUNNING, JobStatus.FAILED, JobStatus.CANCELLED},
+        }.get(self.status, set())
+        if to not in allowed:
+            raise JobStateError(f"job {self.name!r} is {self.status.value} and cannot become {to.value}")
+        self.status = to

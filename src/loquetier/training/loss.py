@@ -1,0 +1,77 @@
+"""Chunked linear cross-entropy with a frozen head, over labelled rows only.
+
+Prompt rows have no label and never reach lm_head. The gradient with respect to the hidden states is computed in
+the forward, chunk by chunk, so that no more than one chunk of ``[rows, V]`` float32 logits lives at a time
+(the idea of Liger's fused linear cross-entropy, without its per-call synchronisation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+CHUNK_ROWS = 256
+"""256 rows x 128k vocabulary x 4 bytes = 128 MiB of logits at a time."""
+
+HeadFunction = Callable[[Tensor, npt.NDArray[np.int64]], Tensor]
+"""``(hidden [n, D], row numbers, ascending) -> logits [n, V]``."""
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledRows:
+    """Which rows have a label: row ``rows[i]`` must predict ``targets[i]`` and counts ``weights[i]``. Rows ascend."""
+
+    rows: npt.NDArray[np.int64]
+    targets: npt.NDArray[np.int64]
+    weights: npt.NDArray[np.float32]
+    """The row's share of its job's loss: 1 / labelled tokens of the whole optimizer step."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowLosses:
+    """Per labelled row, on the device, float32: negative log-likelihood, and 1.0 where argmax is the target."""
+
+    nll_L: Tensor
+    correct_L: Tensor
+
+
+def linear_cross_entropy(
+    hidden_TD: Tensor, labels: LabelledRows, head: HeadFunction, *, with_grad: bool
+) -> tuple[RowLosses, Tensor | None]:
+    """Losses of the labelled rows and, if asked, ``d(sum_i weights[i] * nll[i]) / d hidden`` as ``[T, D]``.
+
+    An adapter on lm_head gets its gradient as a side effect of the same backward, as everywhere.
+    """
+    device = hidden_TD.device
+    grad_TD = torch.zeros_like(hidden_TD) if with_grad else None
+    nll, correct = [], []
+    for at in range(0, len(labels.rows), CHUNK_ROWS):
+        rows = labels.rows[at : at + CHUNK_ROWS]
+        rows_n = torch.from_numpy(rows).to(device)
+        targets_n = torch.from_numpy(labels.targets[at : at + CHUNK_ROWS]).to(device)
+        hidden_nD = hidden_TD.index_select(0, rows_n).requires_grad_(with_grad)
+        with torch.set_grad_enabled(with_grad):
+            logits_nV = head(hidden_nD, rows)
+        logits32_nV = logits_nV.detach().float()
+        log_z_n = logits32_nV.logsumexp(-1)
+        nll.append(log_z_n - logits32_nV.gather(-1, targets_n[:, None])[:, 0])
+        correct.append((logits32_nV.argmax(-1) == targets_n).float())
+        if grad_TD is not None:
+            weights_n = torch.from_numpy(labels.weights[at : at + CHUNK_ROWS]).to(device)
+            dlogits_nV = _dlogits(logits32_nV, log_z_n, targets_n, weights_n).to(logits_nV.dtype)
+            (dhidden_nD,) = torch.autograd.grad(logits_nV, hidden_nD, dlogits_nV)
+            grad_TD.index_copy_(0, rows_n, dhidden_nD)
+    empty = hidden_TD.new_zeros(0, dtype=torch.float32)
+    return RowLosses(torch.cat(nll) if nll else empty, torch.cat(correct) if correct else empty), grad_TD
+
+
+def _dlogits(logits_nV: Tensor, log_z_n: Tensor, targets_n: Tensor, weights_n: Tensor) -> Tensor:
+    """``weight * (softmax - onehot)``."""
+    d_nV = torch.exp(logits_nV - log_z_n[:, None])
+    d_nV[torch.arange(len(targets_n), device=d_nV.device), targets_n] -= 1.0
+    return d_nV.mul_(weights_n[:, None])

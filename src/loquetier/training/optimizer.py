@@ -1,0 +1,82 @@
+"""One job's optimizer: float32 master weights, gradients and Adam moments as flat tensors in the arena's slot layout."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from loquetier.adapters.arena import factor_views, num_elements
+from loquetier.adapters.spec import ModulePlan
+from loquetier.config import TrainingConfig
+from loquetier.kernels.reference import Factors
+
+
+def learning_rate(config: TrainingConfig, step: int, total_steps: int) -> float:
+    """Rate of optimizer step `step` (0-based), as transformers' schedulers of the same names compute it."""
+    warmup = math.ceil(config.warmup_ratio * total_steps)
+    if step < warmup:
+        return config.learning_rate * step / max(1, warmup)
+    if config.lr_scheduler_type == "constant":
+        return config.learning_rate
+    left = max(1, total_steps - warmup)
+    if config.lr_scheduler_type == "linear":
+        return config.learning_rate * max(0.0, (total_steps - step) / left)
+    return config.learning_rate * max(0.0, 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / left)))
+
+
+class AdapterOptimizer:
+    """AdamW (arXiv 1711.05101) over one adapter, with the job's own clipping and schedule.
+
+    Args:
+        weights: flat working copy in the arena, ``[num_elements]``, compute dtype; the forward reads it. When it is
+            float32 it is the master itself, otherwise a float32 master is kept and cast into it after each step.
+        modules: the slot's layout.
+    """
+
+    def __init__(self, weights: Tensor, modules: tuple[ModulePlan, ...], config: TrainingConfig) -> None:
+        assert weights.numel() == num_elements(modules)
+        self._working = weights
+        self.master = weights if weights.dtype == torch.float32 else weights.float()
+        self.grad = torch.zeros_like(self.master)
+        self.grad_views: dict[int, Factors] = factor_views(self.grad, modules)
+        self._config = config
+        self.master.grad = self.grad
+        self._adam = torch.optim.AdamW(
+            [self.master],
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+
+    def step(self, lr: float) -> float:
+        """Clip, update, zero the gradient; returns the global gradient norm before clipping.
+
+        A norm that is not finite changes nothing but the gradient, which is zeroed: the caller decides.
+        """
+        norm = float(torch.linalg.vector_norm(self.grad))
+        if math.isfinite(norm):
+            limit = self._config.max_grad_norm
+            if limit > 0 and norm > limit:
+                self.grad.mul_(limit / (norm + 1e-6))  # 1e-6: as torch.nn.utils.clip_grad_norm_
+            self._adam.param_groups[0]["lr"] = lr
+            self._adam.step()
+            if self._working is not self.master:
+                self._working.copy_(self.master)
+        self.grad.zero_()
+        return norm
+
+    def state(self) -> dict[str, Tensor]:
+        """Moments and step count, as tensors that share memory with the optimizer; empty before the first step."""
+        return dict(self._adam.state.get(self.master, {}))
+
+    def load_state(self, master: Tensor, state: dict[str, Tensor]) -> None:
+        """Continue from another optimizer's master weights and `state`, bit for bit."""
+        with torch.no_grad():
+            self.master.copy_(master)
+            if self._working is not self.master:
+                self._working.copy_(self.master)
+        self._adam.state[self.master] = {name: tensor.clone().to(self.master.device) for name, tensor in state.items()}
