@@ -1,7 +1,8 @@
-"""`adapter_config.json`: every key of PEFT 0.21's ``LoraConfig`` is honoured, inert when serving, or refused by name."""
+"""`adapter_config.json`: each key of PEFT 0.21's ``LoraConfig`` is honoured, inert when serving, or refused by name."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -137,6 +138,11 @@ def canonical_json(spec: LoraSpec) -> bytes:
     for key in ("rank_pattern", "alpha_pattern"):
         fields[key] = list(fields[key].items())
     return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode("ascii")
+
+
+def adapter_digest(weights_sha256: bytes, spec: LoraSpec) -> str:
+    """Identity of an adapter's content: sha256 (hex) over the weights file's own sha256 and the canonical settings."""
+    return hashlib.sha256(weights_sha256 + canonical_json(spec)).hexdigest()
 
 
 def _settings(spec: LoraSpec) -> dict[str, Any]:
