@@ -117,10 +117,11 @@ def _open_regular(directory: Path, name: str) -> Iterator[tuple[BinaryIO, int]]:
         raise AdapterNotFoundError(f"No adapter found in {str(directory)!r}: {name} does not exist") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise AdapterError(f"cannot open {name} in {str(directory)!r}: {error}") from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise AdapterError(f"{name} in {str(directory)!r} is not a regular file")
     with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise AdapterError(f"{name} in {str(directory)!r} is not a regular file")
         yield file, status.st_size
 
 
