@@ -88,6 +88,13 @@ def test_hub_id_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         load("some-org/some-model")
 
 
+def test_adapter_is_no_base(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "llama")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(BaseNotFoundError, match="holds an adapter"):
+        load(tmp_path)
+
+
 def test_directory_without_config(tmp_path: Path) -> None:
     with pytest.raises(BaseNotFoundError, match=r"config\.json"):
         load(tmp_path)

@@ -86,12 +86,8 @@ def _fsync(path: Path) -> None:
 
 def _convert(gguf_file: Path, out: Path) -> None:
     _refuse_dropped_parts(gguf_file)
-    where = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            **where, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(**where, local_files_only=True)
+        model, tokenizer, info = _read(gguf_file)
     except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
         raise UnsupportedModelError(
             f"{gguf_file.name}: transformers {transformers.__version__} cannot read this GGUF file ({error}); "
@@ -100,6 +96,21 @@ def _convert(gguf_file: Path, out: Path) -> None:
     if info["missing_keys"]:
         raise UnsupportedModelError(f"{gguf_file.name}: no weights for {', '.join(sorted(info['missing_keys'])[:5])}")
     _save(model, tokenizer, out)
+
+
+def _read(gguf_file: Path) -> tuple[Any, Any, Any]:
+    """Model in fp32, tokenizer and transformers' loading report."""
+    with tempfile.TemporaryDirectory() as alone:
+        # transformers also reads configs, code and adapters that lie beside the file: show it nothing but the file.
+        (Path(alone) / gguf_file.name).symlink_to(gguf_file.resolve())
+        where = {
+            "pretrained_model_name_or_path": alone,
+            "gguf_file": gguf_file.name,
+            "local_files_only": True,
+            "trust_remote_code": False,
+        }
+        model, info = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
+        return model, AutoTokenizer.from_pretrained(**where), info
 
 
 def _save(model: Any, tokenizer: Any, out: Path) -> None:

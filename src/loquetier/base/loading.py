@@ -94,6 +94,9 @@ def _locate(name: str, cache_dir: Path | None, allow_network: bool) -> tuple[str
     if path.is_file() and path.suffix == ".gguf":
         return path.stem, converted_directory(path, cache_dir)
     if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            # transformers would load the adapter's weights into the base without a word.
+            raise BaseNotFoundError(f"base {name!r}: the directory holds an adapter; give the base and load it on top")
         if not (path / "config.json").is_file():
             raise BaseNotFoundError(f"base {name!r}: the directory has no config.json")
         return path.resolve().name, path
