@@ -1,0 +1,422 @@
+"""Choosing the next token of every sequence of a step, in one vectorised pass over the vocabulary.
+
+Order, as in vLLM: logit bias, min_tokens, penalties, temperature, min_p, top_k, top_p, draw.
+
+Three promises shape the code:
+
+- *A row is not touched by its neighbours.* Options are per-row columns over the rows that use them, with exact neutral
+  values. Sums whose order may depend on the batch's shape (a cumulative sum is split differently for one row than for
+  many) are taken over fixed-point integers, where order does not matter. Ties are broken by token id.
+- *Same seed, same token, given equal logits.* There is no generator to share or save: the uniform number is
+  a hash of (seed, number of tokens generated so far), so preemption and batch order cannot move it.
+- *One bad row is one failed row.* It is reported in `SampledTokens.failed`; the others are as without it.
+
+Features that no row uses cost nothing; an all-greedy batch is one max over the logits. The only copy from the
+device is one small tensor at the end.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from loquetier.config import SamplingParams
+from loquetier.errors import ConfigError, EngineError
+
+MIN_LOGPROB = -9999.0
+"""Reported in place of -inf, which JSON cannot carry (vLLM uses the same number)."""
+GREEDY_BELOW = 1e-5
+"""Lower temperatures are greedy: the division would overflow float32 (vLLM has the same bound)."""
+
+_MASS_ONE = float(1 << 60)
+"""Fixed point of probabilities: keeps every bit of a float32 >= 2**-36, and a row's sum stays below 2**63."""
+_CHUNK_ELEMENTS = 1 << 22
+"""Logits per chunk of the sorting and drawing stages: bounds their 8-byte temporaries to 32 MiB each."""
+_TOP_P_WIDTH = 1024
+"""Sorted tokens tried first for top_p on a CPU; the whole vocabulary is sorted only when they do not suffice."""
+_LOW_32 = (1 << 32) - 1
+_F32 = torch.finfo(torch.float32)
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(slots=True, eq=False)
+class SamplerState:
+    """What sampling must remember of one choice of one request. Survives preemption as it is."""
+
+    params: SamplingParams
+    seed: int
+    """The choice's own 64-bit stream."""
+    eos_token_ids: frozenset[int]
+    output_counts_V: Tensor | None = None
+    """int32: how often each token was generated. Present only with a penalty."""
+    prompt_seen_V: Tensor | None = None
+    """bool: tokens of the prompt. Present only with a penalty."""
+    bias_ids_B: Tensor | None = None
+    """int64 token ids of the logit bias, on the logits' device."""
+    bias_B: Tensor | None = None
+    """float32 values of the logit bias."""
+    ending_ids_E: Tensor | None = None
+    """int64 token ids that min_tokens forbids; present only with min_tokens."""
+
+    @property
+    def is_greedy(self) -> bool:
+        """True when the most likely token is taken."""
+        return self.params.temperature < GREEDY_BELOW
+
+    def observe(self, token_id: int) -> None:
+        """Count one generated token. Call it once per token that is kept, in any order with other sequences."""
+        if self.output_counts_V is not None:
+            assert 0 <= token_id < self.output_counts_V.numel(), token_id
+            self.output_counts_V[token_id] += 1
+
+
+@dataclass(frozen=True, slots=True)
+class SampledTokens:
+    """One entry per row, plain host data."""
+
+    token_ids: list[int]
+    """-1 where `failed`."""
+    logprobs: list[float | None]
+    """Natural log-probability of the token under the raw logits, before any option (vLLM's default
+    ``raw_logprobs``); None where not asked for or failed. Never below `MIN_LOGPROB`, never NaN."""
+    top: list[dict[int, float] | None]
+    """The ``params.logprobs`` most likely tokens under the raw logits, most likely first, ties by smaller id."""
+    failed: list[bool]
+    """True when the row has no token: NaN or +inf among its logits, or every token masked."""
+
+
+def new_state(
+    params: SamplingParams,
+    choice_index: int,
+    prompt_tokens: Sequence[int],
+    eos_token_ids: Iterable[int],
+    vocab_size: int,
+    device: torch.device | str = "cpu",
+) -> SamplerState:
+    """Build the state of choice `choice_index` (0-based) of a request.
+
+    Raises:
+        ConfigError: a token id in `params` or in the prompt is not below `vocab_size`.
+    """
+    _check_ids("logit_bias", params.logit_bias, vocab_size)
+    _check_ids("stop_token_ids", params.stop_token_ids, vocab_size)
+    seed = secrets.randbits(64) if params.seed is None else stream_seed(params.seed, choice_index)
+    state = SamplerState(params=params, seed=seed, eos_token_ids=frozenset(eos_token_ids))
+    if _has_penalty(params):
+        _check_ids("prompt", prompt_tokens, vocab_size)
+        state.output_counts_V = torch.zeros(vocab_size, dtype=torch.int32, device=device)
+        state.prompt_seen_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+        state.prompt_seen_V[torch.tensor(list(prompt_tokens), dtype=torch.int64, device=device)] = True
+    if params.logit_bias:
+        state.bias_ids_B = torch.tensor(list(params.logit_bias.keys()), dtype=torch.int64, device=device)
+        state.bias_B = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
+    if params.min_tokens:
+        # A model's own end ids may lie in a padded part of the vocabulary that has no logits: nothing to mask there.
+        endings = {t for t in state.eos_token_ids if 0 <= t < vocab_size} | set(params.stop_token_ids)
+        state.ending_ids_E = torch.tensor(sorted(endings), dtype=torch.int64, device=device)
+    return state
+
+
+def sample(logits_NV: Tensor, states: Sequence[SamplerState], num_generated: Sequence[int]) -> SampledTokens:
+    """Choose one token per row.
+
+    Args:
+        logits_NV: raw model logits, any float dtype; not changed. Computed in float32.
+        states: the row's options and memory.
+        num_generated: tokens the row's sequence has generated so far; the counter of its random stream.
+    """
+    assert logits_NV.shape[0] == len(states) == len(num_generated)
+    if not states:
+        return SampledTokens([], [], [], [])
+    edited_NV = _edit(logits_NV, states, num_generated)
+    best_N, ids_N = edited_NV.max(dim=-1)
+    ok_N = torch.isfinite(best_N)
+    if edited_NV is not logits_NV:  # an edit may cover a NaN, and the row is broken all the same
+        ok_N &= torch.isfinite(logits_NV.amax(dim=-1))
+    rows = [i for i, s in enumerate(states) if not s.is_greedy]
+    if rows:
+        u_M = uniforms([states[i].seed for i in rows], [num_generated[i] for i in rows])
+        drawn_M = _draw_rows(edited_NV, best_N, ok_N, rows, [states[i].params for i in rows], u_M)
+        ids_N = ids_N.index_copy(0, _index(rows, ids_N), drawn_M)
+    return _to_host(logits_NV, ids_N, ok_N, [s.params.logprobs for s in states])
+
+
+def prompt_logprobs(logits_LV: Tensor, next_tokens: Sequence[int], k: int) -> list[dict[int, float]]:
+    """Log-probabilities of a prompt: row i of `logits_LV` predicts ``next_tokens[i]``.
+
+    Returns one dict per row: the actual token first, then the `k` most likely ones in descending order, ties by
+    smaller id.
+
+    Raises:
+        EngineError: a row has NaN or +inf, or only -inf.
+    """
+    assert logits_LV.shape[0] == len(next_tokens)
+    if not next_tokens:
+        return []
+    bad = torch.isfinite(logits_LV.amax(dim=-1)).logical_not().nonzero().flatten().tolist()
+    if bad:
+        raise EngineError(f"no prompt logprobs: the logits of {len(bad)} positions, first {bad[0]}, are not finite")
+    chosen_L = torch.tensor(list(next_tokens), dtype=torch.int64, device=logits_LV.device)
+    table = _logprob_table(logits_LV, range(len(next_tokens)), chosen_L, k).tolist()
+    return [{token: row[0]} | _top_dict(row, k, k) for token, row in zip(next_tokens, table, strict=True)]
+
+
+# --- randomness -------------------------------------------------------------------------------------------------
+
+
+def stream_seed(seed: int, choice_index: int) -> int:
+    """The 64-bit stream of one choice: ``mix(mix(seed mod 2**64) + (choice_index + 1) * golden) mod 2**64``.
+
+    mix is splitmix64's finaliser, golden its odd constant 0x9E3779B97F4A7C15.
+    """
+    return int(_hash64([seed % (1 << 64)], [choice_index])[0])
+
+
+def uniforms(seeds: Sequence[int], counters: Sequence[int]) -> npt.NDArray[np.float64]:
+    """One number in [0, 1) per (64-bit seed, counter): the top 53 bits of the same hash as in `stream_seed`."""
+    return (_hash64(seeds, counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _hash64(seeds: Sequence[int], counters: Sequence[int]) -> npt.NDArray[np.uint64]:
+    steps = np.array(counters, dtype=np.uint64) + np.uint64(1)
+    return _mix64(_mix64(np.array(seeds, dtype=np.uint64)) + steps * _GOLDEN)
+
+
+def _mix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """splitmix64's finaliser (Steele, Lea and Flood, 2014); products wrap modulo 2**64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+# --- edits of the logits: bias, min_tokens, penalties -------------------------------------------------------------
+
+
+def _edit(logits_NV: Tensor, states: Sequence[SamplerState], num_generated: Sequence[int]) -> Tensor:
+    """Return `logits_NV` itself when no row edits, else an edited float32 copy."""
+    biased = [i for i, s in enumerate(states) if s.bias_ids_B is not None]
+    unended = [i for i, s in enumerate(states) if s.ending_ids_E is not None and num_generated[i] < s.params.min_tokens]
+    penalised = [i for i, s in enumerate(states) if s.output_counts_V is not None]
+    if not (biased or unended or penalised):
+        return logits_NV
+    out_NV = logits_NV.to(torch.float32, copy=True)
+    if biased:
+        at, ids = _flat_entries(biased, [states[i].bias_ids_B for i in biased], out_NV)
+        bias = torch.cat([b for i in biased if (b := states[i].bias_B) is not None])
+        out_NV[at, ids] = out_NV[at, ids] + bias  # ids are unique within a row: they were dict keys
+    if unended:
+        at, ids = _flat_entries(unended, [states[i].ending_ids_E for i in unended], out_NV)
+        out_NV[at, ids] = -torch.inf
+    if penalised:
+        index_M = _index(penalised, out_NV)
+        out_NV.index_copy_(0, index_M, _penalise(out_NV.index_select(0, index_M), [states[i] for i in penalised]))
+    return out_NV
+
+
+def _flat_entries(rows: Sequence[int], ids: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Row numbers and token ids, flattened over the rows."""
+    present = [t for t in ids if t is not None]
+    lengths = torch.tensor([t.numel() for t in present], device=like.device)
+    return torch.repeat_interleave(_index(rows, like), lengths), torch.cat(present)
+
+
+def _penalise(x_MV: Tensor, states: Sequence[SamplerState]) -> Tensor:
+    """Repetition over prompt and answer, then presence and frequency over the answer. Neutral values are exact."""
+    counts_MV = torch.stack([c for s in states if (c := s.output_counts_V) is not None])
+    seen_MV = torch.stack([p for s in states if (p := s.prompt_seen_V) is not None]) | (counts_MV > 0)
+    # Any finite penalty > 0 is allowed: kept a normal float32, and overflow kept finite, so that no NaN can arise.
+    repetition_M1 = _column([s.params.repetition_penalty for s in states], x_MV).clamp(_F32.tiny, _F32.max)
+    scaled_MV = torch.where(x_MV > 0, x_MV / repetition_M1, x_MV * repetition_M1).clamp(_F32.min, _F32.max)
+    y_MV = torch.where(seen_MV & (x_MV > -torch.inf), scaled_MV, x_MV)
+    presence_M1 = _column([s.params.presence_penalty for s in states], x_MV)
+    frequency_M1 = _column([s.params.frequency_penalty for s in states], x_MV)
+    return y_MV - presence_M1 * (counts_MV > 0) - frequency_M1 * counts_MV
+
+
+# --- drawing --------------------------------------------------------------------------------------------------------
+
+
+def _draw_rows(
+    logits_NV: Tensor,
+    best_N: Tensor,
+    ok_N: Tensor,
+    rows: Sequence[int],
+    params: Sequence[SamplingParams],
+    u_M: npt.NDArray[np.float64],
+) -> Tensor:
+    """Token ids ``[M]`` of the given rows, a few rows at a time."""
+    ids = []
+    for part in _chunks(len(rows), logits_NV.shape[1]):
+        index_M = _index(rows[part], logits_NV)
+        x_MV = logits_NV.index_select(0, index_M).float()
+        temperature_M1 = _column([p.temperature for p in params[part]], x_MV)
+        # Subtracting first keeps every quotient <= 0: nothing overflows at any temperature.
+        z_MV = (x_MV - best_N.index_select(0, index_M).float()[:, None]) / temperature_M1
+        z_MV.masked_fill_(~ok_N.index_select(0, index_M)[:, None], 0.0)  # failed rows: any harmless value
+        u_M_part = torch.from_numpy(u_M[part]).to(x_MV.device)
+        ids.append(draw(kept_mass(z_MV, params[part]), u_M_part))
+    return torch.cat(ids)
+
+
+def draw(mass_MV: Tensor, u_M: Tensor) -> Tensor:
+    """Inverse of the cumulative distribution, in order of token ids.
+
+    Args:
+        mass_MV: int64 weights >= 0, each row's sum in [1, 2**63).
+        u_M: float64 in [0, 1].
+
+    Returns:
+        int64 ``[M]``, always a token of positive mass: integer sums have no rounding and so no end to fall off.
+    """
+    cumulative_MV = mass_MV.cumsum(dim=-1)
+    total_M1 = cumulative_MV[:, -1:]
+    target_M1 = (u_M[:, None] * total_M1.double()).to(torch.int64).minimum(total_M1 - 1)
+    return torch.searchsorted(cumulative_MV, target_M1, right=True).squeeze(-1)
+
+
+def kept_mass(z_MV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Probabilities after temperature as int64 fixed point, 0 where min_p, top_k or top_p removed the token.
+
+    top_k keeps exactly k tokens, ties by smaller id; top_p works on what min_p and top_k left, renormalised, and
+    keeps the token that reaches top_p. The most likely token always stays.
+
+    Args:
+        z_MV: float32 logits over temperature, no NaN, at least one finite value per row.
+        params: the rows' options.
+    """
+    vocab = z_MV.shape[1]
+    probs_MV = torch.softmax(z_MV, dim=-1)
+    if any(p.min_p > 0 for p in params):
+        floor_M1 = _column([p.min_p for p in params], z_MV) * probs_MV.amax(dim=-1, keepdim=True)
+        probs_MV = probs_MV.masked_fill(probs_MV < floor_M1, 0.0)
+    mass_MV = (probs_MV.double() * _MASS_ONE).to(torch.int64)
+    rows = [i for i, p in enumerate(params) if 0 < p.top_k < vocab or p.top_p < 1]
+    if not rows:
+        return mass_MV
+    index_F = _index(rows, z_MV)
+    kept_FV = _keep_top(z_MV.index_select(0, index_F), mass_MV.index_select(0, index_F), [params[i] for i in rows])
+    return mass_MV.index_copy(0, index_F, kept_FV)
+
+
+def _keep_top(z_FV: Tensor, mass_FV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """`mass_FV` with everything below each row's cut set to 0."""
+    vocab = z_FV.shape[1]
+    limits = [p.top_k if 0 < p.top_k < vocab else vocab for p in params]
+    # On a GPU a look at the first width's outcome would be one more wait for the device; its sort is fast.
+    first = vocab if z_FV.is_cuda else min(vocab, _TOP_P_WIDTH)
+    width = max(limit if limit < vocab else first for limit in limits)
+    keys_FV = _ordered_keys(z_FV)
+    count_F, keys_FW = _count_kept(keys_FV, mass_FV, limits, params, width)
+    if width < vocab:
+        reached_F = (count_F < width) | (torch.tensor(limits, device=z_FV.device) <= width)
+        if not bool(reached_F.all()):
+            count_F, keys_FW = _count_kept(keys_FV, mass_FV, limits, params, vocab)
+    cut_F1 = keys_FW.gather(1, count_F[:, None] - 1)
+    return mass_FV.masked_fill(keys_FV < cut_F1, 0)
+
+
+def _count_kept(
+    keys_FV: Tensor, mass_FV: Tensor, limits: Sequence[int], params: Sequence[SamplingParams], width: int
+) -> tuple[Tensor, Tensor]:
+    """How many of the `width` highest keys stay (``[F]``, >= 1), and these keys, descending (``[F, width]``)."""
+    vocab = keys_FV.shape[1]
+    keys_FW = keys_FV.topk(width, dim=-1).values
+    limit_F1 = torch.tensor(limits, device=keys_FV.device)[:, None]
+    within_FW = torch.arange(width, device=keys_FV.device) < limit_F1
+    sorted_FW = mass_FV.gather(1, _key_ids(keys_FW)) * within_FW
+    total_F1 = torch.where(limit_F1 < vocab, sorted_FW.sum(-1, keepdim=True), mass_FV.sum(-1, keepdim=True))
+    before_FW = sorted_FW.cumsum(dim=-1) - sorted_FW
+    top_p_F1 = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=keys_FV.device)[:, None]
+    inside_FW = (top_p_F1 >= 1) | (before_FW.double() < top_p_F1 * total_F1.double())
+    return (within_FW & inside_FW).sum(dim=-1), keys_FW
+
+
+def _ordered_keys(x_MV: Tensor) -> Tensor:
+    """int64 keys that order a row by value, ties by smaller token id first: no two tokens compare equal.
+
+    A plain topk leaves the order of ties to its implementation, which may differ with the batch's shape.
+    """
+    bits_MV = (x_MV.float() + 0.0).contiguous().view(torch.int32)  # + 0.0 makes -0.0 equal to 0.0
+    # IEEE floats order like sign-magnitude integers; flipping the lower bits of negatives makes it two's complement.
+    ordered_MV = bits_MV ^ ((bits_MV >> 31) & 0x7FFFFFFF)
+    ids_V = torch.arange(x_MV.shape[1], device=x_MV.device)
+    return (ordered_MV.to(torch.int64) << 32) | (_LOW_32 - ids_V)
+
+
+def _key_ids(keys: Tensor) -> Tensor:
+    return _LOW_32 - (keys & _LOW_32)
+
+
+# --- reporting ------------------------------------------------------------------------------------------------------
+
+
+def _to_host(logits_NV: Tensor, ids_N: Tensor, ok_N: Tensor, wanted: Sequence[int | None]) -> SampledTokens:
+    """Log-probabilities where wanted, then everything in one float64 tensor (exact for ids and float32) to the host."""
+    n = len(wanted)
+    rows = [i for i, k in enumerate(wanted) if k is not None]
+    width = min(logits_NV.shape[1], max((k for k in wanted if k is not None), default=0))
+    packed = torch.stack([torch.where(ok_N, ids_N, -1).double(), ok_N.double()], dim=1)
+    if rows:
+        index = _index(rows, ids_N)
+        table = packed.new_zeros((n, 1 + 2 * width))
+        table.index_copy_(0, index, _logprob_table(logits_NV, rows, ids_N.index_select(0, index), width))
+        packed = torch.cat([packed, table], dim=1)
+    host = packed.tolist()
+    asked = [k if host[i][1] else None for i, k in enumerate(wanted)]
+    return SampledTokens(
+        token_ids=[int(row[0]) for row in host],
+        logprobs=[None if k is None else row[2] for row, k in zip(host, asked, strict=True)],
+        top=[None if k is None else _top_dict(row[2:], k, width) for row, k in zip(host, asked, strict=True)],
+        failed=[not row[1] for row in host],
+    )
+
+
+def _logprob_table(logits_NV: Tensor, rows: Sequence[int], chosen_M: Tensor, width: int) -> Tensor:
+    """float64 ``[M, 1 + 2 * width]``: the chosen token's logprob, then top token ids, then their logprobs."""
+    width = min(width, logits_NV.shape[1])
+    parts = []
+    for part in _chunks(len(rows), logits_NV.shape[1]):
+        x_MV = logits_NV.index_select(0, _index(rows[part], logits_NV)).float()
+        logprobs_MV = torch.log_softmax(x_MV, dim=-1).clamp(min=MIN_LOGPROB)
+        top_MK = _key_ids(_ordered_keys(x_MV).topk(width, dim=-1).values)
+        picked = logprobs_MV.gather(1, torch.cat([chosen_M[part][:, None], top_MK], dim=1)).double()
+        parts.append(torch.cat([picked[:, :1], top_MK.double(), picked[:, 1:]], dim=1))
+    return torch.cat(parts)
+
+
+def _top_dict(row: Sequence[float], k: int, width: int) -> dict[int, float]:
+    """The first `k` of a table row's `width` alternatives."""
+    width = min(width, (len(row) - 1) // 2)
+    return {int(row[1 + j]): row[1 + width + j] for j in range(min(k, width))}
+
+
+# --- small helpers --------------------------------------------------------------------------------------------------
+
+
+def _has_penalty(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+
+
+def _check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise ConfigError(f"{name}: token id {token} is outside the vocabulary; use ids in [0, {vocab_size})")
+
+
+def _index(rows: Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor(list(rows), dtype=torch.int64, device=like.device)
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
+
+
+def _chunks(rows: int, vocab: int) -> list[slice]:
+    step = max(1, _CHUNK_ELEMENTS // vocab)
+    return [slice(start, start + step) for start in range(0, rows, step)]
