@@ -130,7 +130,9 @@ features = st.builds(
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(features, st.floats(0, 1e4)), min_size=1, max_size=80), features)
-def test_predictions_are_finite_and_never_negative(steps: list[tuple[StepFeatures, float]], asked: StepFeatures) -> None:
+def test_predictions_are_finite_and_never_negative(
+    steps: list[tuple[StepFeatures, float]], asked: StepFeatures
+) -> None:
     model = StepCostModel()
     for f, seconds in steps:
         model.observe(f, seconds)

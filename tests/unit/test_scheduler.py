@@ -268,26 +268,31 @@ def test_a_preemption_takes_planned_rows_out_again() -> None:
     assert [(c.seq, c.start, c.length) for c in plan.prefill] == [(early, 4, 4)]
 
 
-def test_admission_counts_the_pages_promised_to_running_prefills() -> None:
-    engine = FakeEngine(8, max_prefill_rows=4)
-    engine.add(prompt=20, generate=1)  # 5 pages, of which the first chunk takes 1; 6 for the whole
+def test_a_long_prompt_keeps_the_pages_it_was_admitted_for() -> None:
+    engine = FakeEngine(6, max_prefill_rows=4)
+    first = engine.add(prompt=20, generate=1)  # 5 pages, of which the first chunk takes 1
     engine.step()
-    blocked = engine.add(prompt=12, generate=1)  # 3 pages + 1 in reserve > 8 - 5
+    blocked = engine.add(prompt=8, generate=1)
     small = engine.add(prompt=1, generate=1)
-    engine.step()
+    for _ in range(3):
+        engine.step()
     assert engine.scheduler.waiting == (blocked, small)  # and nobody overtakes the head of the line
+    assert len(first.pages) == 4 and first.num_left == 4
+    engine.drain()
+    assert first.num_preemptions == 0
 
 
 def test_no_sequence_is_admitted_in_a_step_that_preempted() -> None:
-    engine = FakeEngine(3)
-    engine.add(prompt=3, generate=6)
-    engine.add(prompt=3, generate=6)
-    for _ in range(20):
+    engine = FakeEngine(6)
+    early, late = engine.add(prompt=4, generate=12), engine.add(prompt=12, generate=8, priority=1)
+    engine.step()
+    small = engine.add(prompt=1)  # before `late` in order, and 2 pages with the reserve
+    plan = engine.step()
+    while not plan.preempted:
         plan = engine.step()
-        if plan.preempted:
-            assert not plan.prefill
-            return
-    raise AssertionError("nothing was preempted")
+    assert plan.preempted == (late,) and plan.decode == (early,)
+    assert not plan.prefill and engine.allocator.num_free == 3
+    assert [c.seq for c in engine.step().prefill] == [small]
 
 
 def test_at_most_max_sequences_and_max_rows_run() -> None:
@@ -379,6 +384,15 @@ def test_training_shares_the_step_and_its_backward_is_spread_over_steps() -> Non
     plans = [engine.step() for _ in range(4)]
     assert [len(p.train) for p in plans] == [2, 0, 0, 1]  # 6 units at 2 a step, then the next tape
     assert [p.backward_units for p in plans] == [2, 2, 2, 2]
+
+
+def test_jobs_take_turns_from_step_to_step() -> None:
+    engine = FakeEngine(4)
+    engine.train = [TrainItem(job, i, 16, slot=0) for job in (1, 2, 3) for i in range(2)]
+    engine.evaluate = [TrainItem(job, i, 12, slot=0) for job in (1, 2) for i in range(2)]
+    plans = [engine.step() for _ in range(6)]
+    assert [plan.train[0].job_id for plan in plans] == [1, 2, 3, 1, 2, 3]
+    assert [plan.evaluate[0].job_id for plan in plans[:4]] == [1, 2, 1, 2]
 
 
 def test_training_alone_takes_everything() -> None:

@@ -303,13 +303,14 @@ class Scheduler:
 
     def _admit(self, draft: _Draft) -> None:
         if draft.preempted:
-            return  # The cache is full: a newcomer, or the victim itself, would be preempted next.
+            return  # The cache is full: a newcomer would be preempted next, and no victim comes back in its own step.
         while len(self._waiting) and len(self._running) < self._max_running and draft.prefill_rows_left > 0:
             seq = self._waiting.first()
-            # All its known tokens must fit beside what running prefills will still take, though only the first
-            # chunk's pages are taken now. The first that does not fit ends admission: nobody overtakes it.
+            # All its known tokens must fit, though only its first chunk's pages are taken now: the rest stays free
+            # for it because a running prefill goes on before anyone is admitted, and takes every row that is left.
+            # The first that does not fit ends admission: nobody overtakes it.
             needed = self._allocator.pages_needed(len(seq.tokens)) + reserved_pages(len(self._running))
-            if needed > self._allocator.num_free - self._promised_pages():
+            if needed > self._allocator.num_free:
                 return
             self._waiting.remove(seq)
             seq.status = SequenceStatus.RUNNING
@@ -361,10 +362,6 @@ class Scheduler:
         seq.num_preemptions += 1
         self._waiting.add(seq)
         draft.drop(seq)
-
-    def _promised_pages(self) -> int:
-        """Pages that running sequences still lack for the tokens they have."""
-        return sum(self._allocator.pages_needed(len(seq.tokens)) - len(seq.pages) for seq in self._running)
 
     def _grow(self, seq: Sequence, num_tokens: int) -> None:
         missing = self._allocator.pages_needed(num_tokens) - len(seq.pages)
