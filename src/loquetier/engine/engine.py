@@ -352,6 +352,18 @@ class Engine:
 
     # --- books ---
 
+    def close(self, error: LoquetierError) -> None:
+        """End every request, evaluation and job with `error`."""
+        for request_id in list(self.serving.requests):
+            self.serving.abort(request_id, error)
+        self.trainer.tape = None
+        for job in list(self.trainer.jobs.values()):
+            if not job.status.is_final:
+                self._end_job(job, JobStatus.FAILED, error)
+        for task_id in list(self.trainer.evaluations):
+            self.trainer.evaluations.pop(task_id)[1](error)
+        self._release_jobs()
+
     def check_integrity(self) -> None:
         """Pages, slots, references and buffers add up. Raises IntegrityError."""
         self.scheduler.check_integrity()

@@ -1,0 +1,386 @@
+"""The Python API: one object that loads a base, serves many adapters on it and trains others meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from loquetier.adapters.peft_io import read_adapter
+from loquetier.adapters.peft_write import write_adapter
+from loquetier.adapters.spec import LoraSpec
+from loquetier.base.hardware import detect_hardware
+from loquetier.base.loading import load_base
+from loquetier.base.model import Base
+from loquetier.config import EngineConfig, SamplingParams, TrainingConfig, resolve
+from loquetier.engine.engine import Engine, Totals
+from loquetier.engine.loop import EngineLoop
+from loquetier.engine.request import Request, TokenEvent
+from loquetier.errors import ConfigError, LoquetierError
+from loquetier.finetuning import FinetuneHandle, JobCallback
+from loquetier.generation import Collector, Completion, GenerationHandle
+from loquetier.training.data import encode_examples, render_chat
+from loquetier.training.job import EvalResult
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+"""Text, token ids, or chat messages (rendered through the model's own template)."""
+Data = str | os.PathLike[str] | Sequence[Mapping[str, Any]]
+"""Records, or a path to a .jsonl file of them; see `training.data.encode_example` for the forms."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterInfo:
+    """One served name."""
+
+    name: str
+    version: int
+    num_modules: int
+    num_bytes: int
+    """In the arena."""
+    num_users: int
+    """Requests running on it now."""
+    spec: LoraSpec
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeStats:
+    """What the engine did and holds."""
+
+    totals: Totals
+    tokens_generated: int
+    num_running: int
+    num_waiting: int
+    kv_pages_free: int
+    kv_pages: int
+    arena_bytes_free: int
+    arena_bytes: int
+
+
+class Runtime:
+    """One base, many adapters, one engine thread. Methods may be called from any thread.
+
+    Args:
+        base: a preset (``smollm2-135m``), a local Hugging Face directory, a GGUF file, or a hub id.
+        adapters: PEFT directories to serve from the start, by name.
+        config: what the engine may use; ``EngineConfig()`` suits most machines.
+
+    Raises:
+        BaseNotFoundError, UnsupportedModelError, AdapterError, ConfigError: nothing is left running.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        *,
+        adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+        config: EngineConfig | None = None,
+    ) -> None:
+        wanted = config or EngineConfig()
+        # Memory is counted after the weights are there, so dtype and device are resolved first.
+        first = resolve(wanted, detect_hardware(wanted.device))
+        loaded = load_base(base, dtype=getattr(torch, first.dtype), device=first.device)
+        self.config = resolve(wanted, detect_hardware(wanted.device))
+        self._engine = Engine(Base(loaded), self.config)
+        self.base_name = loaded.name
+        self.tokenizer = loaded.tokenizer
+        self._loop = EngineLoop(self._engine)
+        try:
+            for name, directory in (adapters or {}).items():
+                self.load_adapter(name, directory)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Stop the engine: open requests and jobs end with EngineStoppedError. Idempotent."""
+        self._loop.stop()
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def max_context(self) -> int:
+        """Most tokens of prompt and answer together."""
+        return self._engine.max_context
+
+    # --- adapters ---
+
+    def load_adapter(self, name: str, directory: str | os.PathLike[str]) -> AdapterInfo:
+        """Read a PEFT directory and serve it as `name`. Reading and checking run outside the engine's thread.
+
+        Raises:
+            AdapterError: malformed, not honoured, or not for this base. AdapterExistsError, OutOfAdapterMemoryError.
+            In every case nothing has changed.
+        """
+        base = self._engine.base
+        weights = read_adapter(Path(directory), base.targets, base_names=(base.name,))
+
+        def load() -> AdapterInfo:
+            self._engine.load_adapter(name, weights.spec, weights.modules, weights.factors)
+            return self._info(name)
+
+        return self._loop.call(load)
+
+    def unload_adapter(self, name: str) -> int:
+        """Stop serving `name` at once; requests under way end on it. Returns the bytes that are or will be freed.
+
+        Raises:
+            AdapterNotFoundError: no adapter of this name.
+        """
+
+        def unload() -> int:
+            num_bytes = self._info(name).num_bytes if name in self._engine.registry.names else 0
+            self._engine.unload_adapter(name)
+            return num_bytes
+
+        return self._loop.call(unload)
+
+    def adapters(self) -> list[AdapterInfo]:
+        """The adapters that answer now."""
+        return self._loop.call(lambda: [self._info(name) for name in self._engine.registry.names])
+
+    def export_adapter(self, model: str, directory: str | os.PathLike[str], *, overwrite: bool = False) -> str:
+        """Write a served version as a PEFT directory; returns its digest (sha256).
+
+        Raises:
+            AdapterNotFoundError: no such model. ConfigError: it is the base. AdapterError: the directory exists.
+        """
+        version, modules, factors = self._loop.call(lambda: self._engine.adapter_factors(model))
+        return write_adapter(
+            Path(directory),
+            spec=version.spec,
+            modules=modules,
+            factors=factors,
+            base_name=str(self._engine.base.loaded.name),
+            overwrite=overwrite,
+        )
+
+    def _info(self, name: str) -> AdapterInfo:
+        version = self._engine.registry.resolve(name)
+        arena = self._engine.arena
+        return AdapterInfo(
+            name,
+            version.number,
+            len(arena.modules(version.slot)),
+            arena.slot_bytes(version.slot),
+            version.users,
+            version.spec,
+        )
+
+    # --- answers ---
+
+    def submit(
+        self, prompt: Prompt, model: str | None = None, params: SamplingParams | None = None, *, priority: int = 0
+    ) -> GenerationHandle:
+        """Queue a request and return at once. `model`: an adapter's name, ``name@version``, or None for the base.
+
+        Raises:
+            AdapterNotFoundError, ContextLengthError, OutOfKVMemoryError, ConfigError: nothing was queued.
+        """
+        params = params or SamplingParams()
+        tokens = self.encode(prompt)
+        handle: GenerationHandle
+
+        def add() -> GenerationHandle:
+            nonlocal handle
+            version = self._engine.registry.resolve(model or self.base_name)
+            handle = GenerationHandle(version.label, tokens, params.n, lambda: self._abort(request))
+            request = self._engine.add_request(tokens, model or self.base_name, params, handle.events.put, priority)
+            return handle
+
+        return self._loop.call(add)
+
+    def generate(
+        self, prompt: Prompt, model: str | None = None, params: SamplingParams | None = None
+    ) -> Completion:
+        """Answer one prompt. Call it from many threads, or use `submit`, and the answers share the batch.
+
+        Raises:
+            as `submit`, and EngineError if the request fails on the way.
+        """
+        return self.submit(prompt, model, params).result()
+
+    def stream(
+        self, prompt: Prompt, model: str | None = None, params: SamplingParams | None = None
+    ) -> Iterator[TokenEvent]:
+        """Yield the answer token by token. Leaving the loop early aborts the request."""
+        return iter(self.submit(prompt, model, params))
+
+    async def agenerate(
+        self, prompt: Prompt, model: str | None = None, params: SamplingParams | None = None
+    ) -> Completion:
+        """`generate` for asyncio; cancelling the task aborts the request."""
+        params = params or SamplingParams()
+        tokens = self.encode(prompt)
+        request, events, label = await self._submit_async(tokens, model, params)
+        collector = Collector(label, tokens, params.n)
+        async for event in self._drain(request, events, collector):
+            del event
+        return collector.completion()
+
+    async def astream(
+        self, prompt: Prompt, model: str | None = None, params: SamplingParams | None = None
+    ) -> AsyncIterator[TokenEvent]:
+        """`stream` for asyncio."""
+        params = params or SamplingParams()
+        tokens = self.encode(prompt)
+        request, events, label = await self._submit_async(tokens, model, params)
+        async for event in self._drain(request, events, Collector(label, tokens, params.n)):
+            yield event
+
+    async def _submit_async(
+        self, tokens: list[int], model: str | None, params: SamplingParams
+    ) -> tuple[Request, asyncio.Queue[TokenEvent], str]:
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[TokenEvent] = asyncio.Queue()
+
+        def put(event: TokenEvent) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        submitted = self._loop.submit(lambda: self._engine.add_request(tokens, model or self.base_name, params, put))
+        try:
+            request = await asyncio.shield(asyncio.wrap_future(submitted))
+        except asyncio.CancelledError:
+            submitted.add_done_callback(self._abort_late)
+            raise
+        return request, events, request.version.label
+
+    async def _drain(
+        self, request: Request, events: asyncio.Queue[TokenEvent], collector: Collector
+    ) -> AsyncIterator[TokenEvent]:
+        try:
+            while collector.num_open:
+                event = await events.get()
+                collector.add(event)
+                yield event
+        finally:
+            if collector.num_open:
+                self._abort(request)
+
+    def _abort_late(self, submitted: Future[Request]) -> None:
+        if not submitted.cancelled() and submitted.exception() is None:
+            self._engine.abort_request(submitted.result().request_id)  # runs on the engine's thread
+
+    def _abort(self, request: Request) -> None:
+        if self._loop.is_alive:
+            self._loop.submit(lambda: self._engine.abort_request(request.request_id))
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt.
+
+        Raises:
+            ConfigError: text without a tokenizer, messages without a chat template, or a wrong type.
+        """
+        if not isinstance(prompt, str) and all(isinstance(t, int) and not isinstance(t, bool) for t in prompt):
+            return [int(t) for t in prompt]  # type: ignore[arg-type]
+        if self.tokenizer is None:
+            raise ConfigError(f"base {self.base_name!r} has no tokenizer; give token ids instead of text")
+        if isinstance(prompt, str):
+            return list(self.tokenizer(prompt)["input_ids"])
+        if not all(isinstance(m, Mapping) for m in prompt):
+            raise ConfigError("prompt must be a string, a list of token ids, or a list of chat messages")
+        if self.tokenizer.chat_template is None:
+            raise ConfigError(f"base {self.base_name!r} has no chat template; give the prompt as text")
+        return render_chat(self.tokenizer, prompt, add_generation_prompt=True)  # type: ignore[arg-type]
+
+    # --- training ---
+
+    def finetune(
+        self,
+        name: str,
+        data: Data,
+        *,
+        lora: LoraSpec | None = None,
+        training: TrainingConfig | None = None,
+        eval_data: Data | None = None,
+        start_from: str | None = None,
+        callbacks: Sequence[JobCallback] = (),
+    ) -> FinetuneHandle:
+        """Start training an adapter; its rows join the steps that answer requests. Returns at once.
+
+        From its first publish on it answers as `name`. An adapter already served as `name` keeps answering until then.
+
+        Args:
+            data, eval_data: records, or a .jsonl path.
+            start_from: continue from a served adapter (same LoraSpec) instead of fresh weights.
+            callbacks: called with each `JobEvent` on a thread of their own; what they raise cannot fail the job.
+
+        Raises:
+            DataError, AdapterError, ConfigError, OutOfAdapterMemoryError: before anything has changed.
+        """
+        training = training or TrainingConfig()
+        spec = lora or (LoraSpec() if start_from is None else self._spec_of(start_from))
+        if spec.dropout > 0:
+            raise ConfigError(f"dropout={spec.dropout}: LoRA dropout in training is not supported yet; use dropout=0")
+        limit = min(training.max_seq_len, self.max_context)
+        examples = encode_examples(_records(data), self.tokenizer, limit)
+        evals = encode_examples(_records(eval_data), self.tokenizer, limit) if eval_data is not None else ()
+        handle = FinetuneHandle(self._engine, self._loop, callbacks)
+
+        def start() -> None:
+            handle.attach(
+                self._engine.start_job(name, spec, training, examples, evals, handle.listen, start_from)
+            )
+
+        try:
+            self._loop.call(start)
+        except BaseException:
+            handle.discard()
+            raise
+        return handle
+
+    def _spec_of(self, model: str) -> LoraSpec:
+        return self._loop.call(lambda: self._engine.registry.resolve(model).spec)
+
+    def evaluate(self, model: str | None, data: Data, *, max_seq_len: int = 1024) -> EvalResult:
+        """Loss and token accuracy of a served model (None: the base) on labelled data, as EVAL rows of ordinary steps."""
+        examples = encode_examples(_records(data), self.tokenizer, min(max_seq_len, self.max_context))
+        done: Future[EvalResult | LoquetierError] = Future()
+        self._loop.call(lambda: self._engine.evaluate(model or self.base_name, examples, done.set_result))
+        result = done.result()
+        if isinstance(result, LoquetierError):
+            raise result
+        return result
+
+    # --- books ---
+
+    def stats(self) -> RuntimeStats:
+        """A consistent snapshot."""
+        return self._loop.call(self._engine_stats)
+
+    def _engine_stats(self) -> RuntimeStats:
+        from dataclasses import replace
+
+        engine = self._engine
+        return RuntimeStats(
+            totals=replace(engine.totals),
+            tokens_generated=engine.serving.tokens_generated,
+            num_running=engine.scheduler.num_running,
+            num_waiting=engine.scheduler.num_waiting,
+            kv_pages_free=engine.allocator.num_free,
+            kv_pages=engine.allocator.num_pages,
+            arena_bytes_free=engine.arena.free_bytes,
+            arena_bytes=engine.arena.total_bytes,
+        )
+
+    def check_integrity(self) -> None:
+        """Pages, slots and references add up. Raises IntegrityError."""
+        self._loop.call(self._engine.check_integrity)
+
+
+def _records(data: Data) -> Sequence[Mapping[str, Any]]:
+    if not isinstance(data, (str, os.PathLike)):
+        return data
+    from loquetier.training.files import read_jsonl
+
+    return read_jsonl(Path(data))
