@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -200,9 +200,7 @@ class Runtime:
 
         return self._loop.call(add)
 
-    def generate(
-        self, prompt: Prompt, model: str | None = None, params: SamplingParams | None = None
-    ) -> Completion:
+    def generate(self, prompt: Prompt, model: str | None = None, params: SamplingParams | None = None) -> Completion:
         """Answer one prompt. Call it from many threads, or use `submit`, and the answers share the batch.
 
         Raises:
@@ -269,7 +267,7 @@ class Runtime:
 
     def _abort_late(self, submitted: Future[Request]) -> None:
         if not submitted.cancelled() and submitted.exception() is None:
-            self._engine.abort_request(submitted.result().request_id)  # runs on the engine's thread
+            self._abort(submitted.result())
 
     def _abort(self, request: Request) -> None:
         if self._loop.is_alive:
@@ -328,9 +326,7 @@ class Runtime:
         handle = FinetuneHandle(self._engine, self._loop, callbacks)
 
         def start() -> None:
-            handle.attach(
-                self._engine.start_job(name, spec, training, examples, evals, handle.listen, start_from)
-            )
+            handle.attach(self._engine.start_job(name, spec, training, examples, evals, handle.listen, start_from))
 
         try:
             self._loop.call(start)
@@ -343,7 +339,7 @@ class Runtime:
         return self._loop.call(lambda: self._engine.registry.resolve(model).spec)
 
     def evaluate(self, model: str | None, data: Data, *, max_seq_len: int = 1024) -> EvalResult:
-        """Loss and token accuracy of a served model (None: the base) on labelled data, as EVAL rows of ordinary steps."""
+        """Loss and token accuracy of a served model (None: the base) on labelled data, as EVAL rows of steps."""
         examples = encode_examples(_records(data), self.tokenizer, min(max_seq_len, self.max_context))
         done: Future[EvalResult | LoquetierError] = Future()
         self._loop.call(lambda: self._engine.evaluate(model or self.base_name, examples, done.set_result))
@@ -359,8 +355,6 @@ class Runtime:
         return self._loop.call(self._engine_stats)
 
     def _engine_stats(self) -> RuntimeStats:
-        from dataclasses import replace
-
         engine = self._engine
         return RuntimeStats(
             totals=replace(engine.totals),

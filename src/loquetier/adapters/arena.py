@@ -89,8 +89,8 @@ class Arena:
         if run is None:
             largest = max((r.size for r in self._free), default=0) * self.itemsize
             raise OutOfAdapterMemoryError(
-                f"adapter needs {size * self.itemsize} bytes; the arena has {self.free_bytes} of {self.total_bytes} bytes "
-                f"free (largest piece {largest}). Unload an adapter or raise adapter_memory."
+                f"adapter needs {size * self.itemsize} bytes; the arena has {self.free_bytes} of "
+                f"{self.total_bytes} bytes free (largest piece {largest}). Unload an adapter or raise adapter_memory."
             )
         rest = [_Run(run.start + size, run.size - size)] if run.size > size else []
         self._free = sorted([*(r for r in self._free if r is not run), *rest], key=lambda r: r.start)

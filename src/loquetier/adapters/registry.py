@@ -45,7 +45,7 @@ def check_name(name: str) -> str:
     """
     if not isinstance(name, str) or not NAME_PATTERN.fullmatch(name) or ".." in name:
         raise ConfigError(
-            f"adapter name {str(name)[:140]!r}: must be 1 to 128 characters of letters, digits, '.', '_', ':', '/', '-', "
+            f"adapter name {str(name)[:140]!r}: must be 1 to 128 characters of letters, digits and . _ : / -, "
             "begin with a letter or digit, and have no '..'"
         )
     return name
@@ -137,7 +137,8 @@ class AdapterRegistry:
             AdapterNotFoundError: no adapter of this name.
         """
         if name not in self._live:
-            raise AdapterNotFoundError(f"no adapter {name[:140]!r} is loaded; there are: {', '.join(self._live) or 'none'}")
+            known = ", ".join(self._live) or "none"
+            raise AdapterNotFoundError(f"no adapter {name[:140]!r} is loaded; there are: {known}")
         version = self._live.pop(name)
         self._retire(version)
         return version

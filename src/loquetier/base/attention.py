@@ -48,11 +48,11 @@ def unified_attention(
     q_HMD, k_KMD, v_KMD = query[0], key[0], value[0]
     parts = _train_rows(q_HMD, k_KMD, v_KMD, scale, rule, step)
     with torch.no_grad():
-        rest = tuple(t.detach() for t in (q_HMD, k_KMD, v_KMD))
-        parts += _eval_rows(*rest, scale, rule, step)
+        q_HMD, k_KMD, v_KMD = q_HMD.detach(), k_KMD.detach(), v_KMD.detach()
+        parts += _eval_rows(q_HMD, k_KMD, v_KMD, scale, rule, step)
         if step.cache is not None and step.cache_start < step.num_rows:
             layer = int(module.layer_idx)  # type: ignore[arg-type]
-            parts += _cached_rows(*rest, scale, rule, step, layer)
+            parts += _cached_rows(q_HMD, k_KMD, v_KMD, scale, rule, step, layer)
     out_HMD = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     return out_HMD.transpose(0, 1)[None], None
 
@@ -63,15 +63,11 @@ def _train_rows(q: Tensor, k: Tensor, v: Tensor, scale: float, rule: MaskRule, s
         return []
     if num_train < step.num_rows:  # SDPA keeps its inputs: a view would keep the inference rows too
         q, k, v = (t[:, :num_train].clone() for t in (q, k, v))
-    return [
-        span_attention(q[:, a:b], k[:, a:b], v[:, a:b], scale, rule) for a, b in step.spans if b <= num_train
-    ]
+    return [span_attention(q[:, a:b], k[:, a:b], v[:, a:b], scale, rule) for a, b in step.spans if b <= num_train]
 
 
 def _eval_rows(q: Tensor, k: Tensor, v: Tensor, scale: float, rule: MaskRule, step: StepContext) -> list[Tensor]:
-    return [
-        span_attention(q[:, a:b], k[:, a:b], v[:, a:b], scale, rule) for a, b in step.spans if a >= step.num_train
-    ]
+    return [span_attention(q[:, a:b], k[:, a:b], v[:, a:b], scale, rule) for a, b in step.spans if a >= step.num_train]
 
 
 def _cached_rows(

@@ -122,5 +122,9 @@ class _PassThrough(nn.Module):
 
     def forward(self, *, inputs_embeds: Tensor, **_: Any) -> Any:
         return SimpleNamespace(
-            last_hidden_state=inputs_embeds, past_key_values=None, hidden_states=None, attentions=None, router_logits=None
+            last_hidden_state=inputs_embeds,
+            past_key_values=None,
+            hidden_states=None,
+            attentions=None,
+            router_logits=None,
         )

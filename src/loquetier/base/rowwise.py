@@ -72,5 +72,3 @@ def make_row_limited(fn: RowFunction, binding: Binding) -> RowFunction:
         return out
 
     return forward
-
-

@@ -117,6 +117,9 @@ def build_batch(
     tables = [packed.add(np.asarray(c.seq.pages, dtype=np.int64)) for c in plan.prefill]
     decode_pages = packed.add(_page_tables(plan.decode))
     packed.send()
+    decode = None
+    if plan.decode:
+        decode = DecodeRows(decode_start, positions()[decode_start:], decode_pages(), cache.page_size)
     step = StepContext(
         num_rows=draft.num_rows,
         num_train=num_train,
@@ -128,7 +131,7 @@ def build_batch(
             PrefillSpan(row, row + c.length, c.start, table())
             for row, c, table in zip(chunk_rows, plan.prefill, tables, strict=True)
         ),
-        decode=DecodeRows(decode_start, positions()[decode_start:], decode_pages(), cache.page_size) if plan.decode else None,
+        decode=decode,
         cache=cache,
         cache_start=cache_start,
         cache_rows=cache_rows(),
@@ -208,7 +211,8 @@ def _cache_rows(plan: StepPlan, page_size: int) -> Int64s:
     parts = []
     for c in plan.prefill:
         positions = np.arange(c.start, c.start + c.length)
-        parts.append(np.asarray(c.seq.pages, dtype=np.int64)[positions // page_size] * page_size + positions % page_size)
+        pages = np.asarray(c.seq.pages, dtype=np.int64)[positions // page_size]
+        parts.append(pages * page_size + positions % page_size)
     if plan.decode:
         at = np.asarray([s.num_computed for s in plan.decode], dtype=np.int64)
         pages = np.asarray([s.pages[s.num_computed // page_size] for s in plan.decode], dtype=np.int64)

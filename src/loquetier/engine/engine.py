@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 
 from torch import Tensor
@@ -27,7 +27,14 @@ from loquetier.engine.rows import StepPlan
 from loquetier.engine.scheduler import Scheduler
 from loquetier.engine.serving import Serving
 from loquetier.engine.trainer import JobListener, Trainer
-from loquetier.errors import ConfigError, EngineError, IntegrityError, LoquetierError, OutOfAdapterMemoryError, OutOfKVMemoryError
+from loquetier.errors import (
+    ConfigError,
+    EngineError,
+    IntegrityError,
+    LoquetierError,
+    OutOfAdapterMemoryError,
+    OutOfKVMemoryError,
+)
 from loquetier.training.data import Example
 from loquetier.training.job import EvalResult, EvalTask, FinetuneJob, JobStatus, StepRecord
 from loquetier.training.optimizer import AdapterOptimizer
@@ -80,10 +87,11 @@ class Engine:
         assert config.kv_memory is not None and config.adapter_memory is not None, "resolve() the config first"
         self.base, self.config = base, config
         self.max_context = min(base.loaded.max_context, config.max_context or base.loaded.max_context)
-        num_pages = min(config.kv_memory // base.page_bytes(config.page_size), _most_useful_pages(config, self.max_context))
+        page_bytes = base.page_bytes(config.page_size)
+        num_pages = min(config.kv_memory // page_bytes, _most_useful_pages(config, self.max_context))
         if num_pages < 1:
             raise OutOfKVMemoryError(
-                f"kv_memory={config.kv_memory} bytes is less than one page of {base.page_bytes(config.page_size)} bytes"
+                f"kv_memory={config.kv_memory} bytes is less than one page of {page_bytes} bytes; raise it"
             )
         self.cache = base.new_cache(num_pages, config.page_size)
         self.arena = Arena(config.adapter_memory, base.dtype, base.device)
@@ -110,7 +118,9 @@ class Engine:
         plan = self._schedule()
         try:
             report = self._execute(plan, started)
-        except (RuntimeError, LoquetierError) as error:  # torch raises RuntimeError, also when out of memory
+        except IntegrityError:
+            raise  # our own books are wrong: nothing can be trusted to go on
+        except (RuntimeError, MemoryError, LoquetierError) as error:  # torch raises RuntimeError, out of memory too
             self._fail(plan, error)
             report = StepReport(0, 0, 0, 0, 0, time.perf_counter() - started)
         self.totals.add(report)
@@ -184,7 +194,12 @@ class Engine:
     # --- requests ---
 
     def add_request(
-        self, prompt: list[int], model: str, params: SamplingParams, sink: Callable[[TokenEvent], None], priority: int = 0
+        self,
+        prompt: list[int],
+        model: str,
+        params: SamplingParams,
+        sink: Callable[[TokenEvent], None],
+        priority: int = 0,
     ) -> Request:
         """Queue a request; events go to `sink`. See `Serving.add` for the errors."""
         return self.serving.add(prompt, model, params, sink, priority)
@@ -221,7 +236,9 @@ class Engine:
         """The name stops answering at once; memory is freed when the last request on it has ended."""
         return self.registry.remove(name)
 
-    def adapter_factors(self, model: str) -> tuple[AdapterVersion, tuple[ModulePlan, ...], dict[str, tuple[Tensor, Tensor]]]:
+    def adapter_factors(
+        self, model: str
+    ) -> tuple[AdapterVersion, tuple[ModulePlan, ...], dict[str, tuple[Tensor, Tensor]]]:
         """A copy of a version's weights in PEFT's orientation (A ``[r, in]``, B ``[out, r]``), on the CPU."""
         version = self.registry.resolve(model)
         if version.slot < 0:
@@ -282,8 +299,9 @@ class Engine:
         held = self.arena.modules(slot) if slot >= 0 else ()
         if held != modules:
             raise ConfigError(
-                f"start_from={model!r}: its modules, ranks or scales ({len(held)} modules, {num_elements(held)} weights) "
-                f"differ from the job's ({len(modules)} modules, {num_elements(modules)} weights); use the same LoraSpec"
+                f"start_from={model!r}: its modules, ranks or scales ({len(held)} modules, {num_elements(held)} "
+                f"weights) differ from the job's ({len(modules)} modules, {num_elements(modules)} weights); "
+                "use the same LoraSpec"
             )
         return slot
 
@@ -394,5 +412,3 @@ def _report(plan: StepPlan, backward_rows: int, seconds: float) -> StepReport:
         backward_units=plan.backward_units if backward_rows else 0,
         seconds=seconds,
     )
-
-

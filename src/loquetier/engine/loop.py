@@ -73,7 +73,8 @@ class EngineLoop:
             with self._lock:
                 self._stopped = True
             self._refuse_rest()
-            self._engine.close(EngineStoppedError("the runtime was closed" if self._fatal is None else f"{self._fatal}"))
+            reason = "the runtime was closed" if self._fatal is None else f"the engine loop died: {self._fatal}"
+            self._engine.close(EngineStoppedError(reason))
 
     def _answer_calls(self, *, wait: bool) -> bool:
         """Run what is queued; with `wait`, wait for the first call. False when it is time to stop."""

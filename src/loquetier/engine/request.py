@@ -76,7 +76,8 @@ def advance(choice: Choice, token_id: int, logprob: float | None, top: dict[int,
     reason: FinishReason | None = finish_reason(
         token_id, seq.num_generated, params, choice.request.eos_token_ids, max_tokens
     )
-    text, stop_reason = "", None
+    text = ""
+    stop_reason: str | int | None = None
     if reason == "stop":
         stop_reason = token_id if token_id in params.stop_token_ids else None
     else:  # the token that ends the answer is not part of its text
@@ -89,9 +90,7 @@ def advance(choice: Choice, token_id: int, logprob: float | None, top: dict[int,
     if choice.is_first_event and seq.needs_prompt_logits:
         prompt_logprobs = (None, *(choice.prompt_logprobs[i] for i in range(1, seq.prompt_len)))
     choice.is_first_event = False
-    return TokenEvent(
-        choice.index, token_id, text, logprob, top, reason, stop_reason, prompt_logprobs=prompt_logprobs
-    )
+    return TokenEvent(choice.index, token_id, text, logprob, top, reason, stop_reason, prompt_logprobs=prompt_logprobs)
 
 
 def _grow(choice: Choice, token_id: int) -> str:

@@ -14,7 +14,7 @@ from loquetier.base.model import Base
 from loquetier.config import SamplingParams
 from loquetier.engine.batch import Batch, head_step
 from loquetier.engine.detokenize import IncrementalDetokenizer
-from loquetier.engine.request import Choice, Request, TokenEvent, advance
+from loquetier.engine.request import Choice, FinishReason, Request, TokenEvent, advance
 from loquetier.engine.rows import Sequence, SequenceStatus
 from loquetier.engine.sampler import SampledTokens, new_state, prompt_logprobs, sample
 from loquetier.engine.scheduler import Scheduler
@@ -43,7 +43,12 @@ class Serving:
     """Since the engine began."""
 
     def add(
-        self, prompt: list[int], model: str, params: SamplingParams, sink: Callable[[TokenEvent], None], priority: int = 0
+        self,
+        prompt: list[int],
+        model: str,
+        params: SamplingParams,
+        sink: Callable[[TokenEvent], None],
+        priority: int = 0,
     ) -> Request:
         """Queue a request; all of it is accepted, or nothing is changed and an error raised.
 
@@ -88,8 +93,8 @@ class Serving:
             )
         if params.min_tokens > self.max_context - len(prompt):
             raise ContextLengthError(
-                f"min_tokens ({params.min_tokens}) does not fit beside a prompt of {len(prompt)} tokens in the context of "
-                f"{self.max_context}."
+                f"min_tokens ({params.min_tokens}) does not fit beside a prompt of {len(prompt)} tokens in the "
+                f"context of {self.max_context}. Shorten the prompt or lower min_tokens."
             )
         return self.max_context if params.max_tokens is None else len(prompt) + params.max_tokens
 
@@ -164,7 +169,7 @@ class Serving:
         """End one choice early: aborted by its client (no error), or failed."""
         self.scheduler.abort(choice.seq)
         self._forget(choice)
-        reason = "abort" if error is None else "error"
+        reason: FinishReason = "abort" if error is None else "error"
         choice.request.sink(TokenEvent(choice.index, None, "", finish_reason=reason, error=error))
 
     def abort(self, request_id: int, error: LoquetierError | None = None) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
 from torch import Tensor
 
 from loquetier.adapters.arena import Arena
@@ -93,16 +92,19 @@ class Trainer:
             eval_ED = hidden_MD.detach()[num_train : num_train + batch.num_eval]
             self._losses(batch, eval_ED, num_train, batch.eval_labels, with_grad=False)
 
-    def _losses(self, batch: Batch, hidden_TD: Tensor, first_row: int, labels: Labels, *, with_grad: bool) -> Tensor | None:
+    def _losses(
+        self, batch: Batch, hidden_TD: Tensor, first_row: int, labels: Labels, *, with_grad: bool
+    ) -> Tensor | None:
         def head(hidden_nD: Tensor, rows: Int64s) -> Tensor:
             step = head_step(batch.step, rows + first_row, self.head_module, with_grad=with_grad)
             return self.base.logits(hidden_nD, step)
 
         losses, grad_TD = linear_cross_entropy(hidden_TD, labels.rows, head, with_grad=with_grad)
-        nll, correct = (np.cumsum(np.append(0.0, t.double().numpy(force=True))) for t in (losses.nll_L, losses.correct_L))
+        nll, correct = (t.double().numpy(force=True) for t in (losses.nll_L, losses.correct_L))
         for item, start, stop in ((r.item, r.start, r.stop) for r in labels.items):
             owner = self.evaluations[item.job_id][0] if item.job_id in self.evaluations else self.jobs[item.job_id]
-            owner.record(float(nll[stop] - nll[start]), float(correct[stop] - correct[start]), stop - start)
+            # Each item's own sum: another job's loss, be it NaN, must not reach this one's.
+            owner.record(float(nll[start:stop].sum()), float(correct[start:stop].sum()), stop - start)
         return grad_TD
 
     def backward(self, units: int) -> int:

@@ -39,7 +39,9 @@ def span_attention(q_HLD: Tensor, k_KPD: Tensor, v_KPD: Tensor, scale: float, ru
     q_len, k_len = q_HLD.shape[1], k_KPD.shape[1]
     window = rule.window if rule.window is not None and rule.window < k_len else None
     if rule.softcap is not None:
-        return _softcap_attention(q_HLD, k_KPD, v_KPD, scale, causal_mask(q_len, k_len, window, q_HLD.device), rule.softcap)
+        return _softcap_attention(
+            q_HLD, k_KPD, v_KPD, scale, causal_mask(q_len, k_len, window, q_HLD.device), rule.softcap
+        )
     plain = q_len == k_len and window is None
     mask = None if plain or (q_len == 1 and window is None) else causal_mask(q_len, k_len, window, q_HLD.device)
     out = F.scaled_dot_product_attention(

@@ -157,8 +157,8 @@ def _encode_chat(messages: Any, tokenizer: Any, number: int) -> tuple[list[int],
         after = render_chat(tokenizer, messages[: i + 1], add_generation_prompt=False)
         if before[: len(tokens)] != tokens or after[: len(before)] != before:
             raise DataError(
-                f"Example {number}, message {i + 1}: the chat template is not prefix-stable (rendering one more message "
-                "changes earlier tokens), so labels cannot be placed; use 'prompt' and 'completion'"
+                f"Example {number}, message {i + 1}: the chat template is not prefix-stable (rendering one more "
+                "message changes earlier tokens), so labels cannot be placed; use 'prompt' and 'completion'"
             )
         weighted = message.get("weight", 1) not in (0, False)
         learn += [False] * (len(before) - len(tokens)) + [weighted] * (len(after) - len(before))

@@ -31,7 +31,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             raise DataError(f"{path}: line {number} is not valid JSON: {error}") from error
         if not isinstance(record, dict):
             raise DataError(
-                f"{path}: expected JSONL, where every line is a JSON dictionary. Line {number} is a {type(record).__name__}."
+                f"{path}: expected JSONL, where every line is a JSON dictionary. "
+                f"Line {number} is a {type(record).__name__}."
             )
         records.append(record)
     return records

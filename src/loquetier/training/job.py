@@ -98,7 +98,8 @@ class EvalTask:
     def ready_items(self) -> list[TrainItem]:
         """Examples not yet scheduled."""
         return [
-            TrainItem(self.task_id, i, self.examples[i].num_rows, self.slot) for i in range(self._next, len(self.examples))
+            TrainItem(self.task_id, i, self.examples[i].num_rows, self.slot)
+            for i in range(self._next, len(self.examples))
         ]
 
     def take(self, count: int) -> None:
@@ -173,7 +174,11 @@ class FinetuneJob:
     def is_eval_due(self) -> bool:
         """Whether the step just done asks for an evaluation."""
         every = self.config.eval_every
-        return bool(self.eval_examples) and every > 0 and (self.num_steps % every == 0 or self.num_steps == self.total_steps)
+        return (
+            bool(self.eval_examples)
+            and every > 0
+            and (self.num_steps % every == 0 or self.num_steps == self.total_steps)
+        )
 
     def ready_items(self) -> list[TrainItem]:
         """Examples of the current optimizer step not yet scheduled; draws the next step's when it may start."""
@@ -237,11 +242,13 @@ class FinetuneJob:
         """
         means = self._sums.result()
         lr = learning_rate(self.config, self.num_steps, self.total_steps)
+        if not math.isfinite(means.loss):  # a gradient of it may still be finite, and must not be applied
+            self.optimizer.grad.fill_(math.nan)
         norm = self.optimizer.step(lr)
         if not (math.isfinite(norm) and math.isfinite(means.loss)):
             raise TrainingDivergedError(
-                f"job {self.name!r}: loss {means.loss} and gradient norm {norm} at step {self.num_steps + 1}; the weights of "
-                f"step {self.num_steps} are kept. Lower learning_rate ({self.config.learning_rate}) or max_grad_norm."
+                f"job {self.name!r}: loss {means.loss} and gradient norm {norm} at step {self.num_steps + 1}; the weights "
+                f"of step {self.num_steps} are kept. Lower learning_rate ({self.config.learning_rate}) or max_grad_norm."
             )
         seconds = time.monotonic() - self._started
         record = StepRecord(self.num_steps + 1, means.loss, means.accuracy, lr, norm, self._step_rows, seconds)
@@ -261,7 +268,8 @@ class FinetuneJob:
         """
         allowed = {
             JobStatus.RUNNING: {JobStatus.PAUSED, JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED},
-            JobStatus.PAUSED: {JobStatus.RUNNING, JobStatus.FAILED, JobStatus.CANCELLED},
+            # SUCCEEDED: its last step, or the evaluation after it, was already under way when it was paused.
+            JobStatus.PAUSED: {JobStatus.RUNNING, JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED},
         }.get(self.status, set())
         if to not in allowed:
             raise JobStateError(f"job {self.name!r} is {self.status.value} and cannot become {to.value}")

@@ -1,4 +1,4 @@
-"""One job's optimizer: float32 master weights, gradients and Adam moments as flat tensors in the arena's slot layout."""
+"""One job's optimizer: float32 master weights, gradients and Adam moments, flat, in the arena's slot layout."""
 
 from __future__ import annotations
 
