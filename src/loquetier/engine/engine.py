@@ -35,7 +35,7 @@ from loquetier.errors import (
     OutOfAdapterMemoryError,
     OutOfKVMemoryError,
 )
-from loquetier.training.data import Example
+from loquetier.training.data import Example, check_examples
 from loquetier.training.job import EvalResult, EvalTask, FinetuneJob, JobStatus, StepRecord
 from loquetier.training.optimizer import AdapterOptimizer
 
@@ -274,9 +274,12 @@ class Engine:
                 same modules and ranks.
 
         Raises:
-            AdapterMismatchError, AdapterNotFoundError, ConfigError, OutOfAdapterMemoryError: nothing changed.
+            AdapterMismatchError, AdapterNotFoundError, ConfigError, DataError, OutOfAdapterMemoryError: nothing changed.
         """
         check_name(name)
+        check_examples(examples, self.base.vocab_size)
+        if eval_examples:
+            check_examples(eval_examples, self.base.vocab_size)
         if name == self.base.name:
             raise ConfigError(f"{name!r} is the base's name; choose another for the adapter")
         if any(job.name == name and not job.status.is_final for job in self.trainer.jobs.values()):
@@ -317,7 +320,12 @@ class Engine:
     def evaluate(
         self, model: str, examples: tuple[Example, ...], done: Callable[[EvalResult | LoquetierError], None]
     ) -> None:
-        """Run examples as EVAL rows on a served model; `done` gets the means. Raises AdapterNotFoundError."""
+        """Run examples as EVAL rows on a served model; `done` gets the means.
+
+        Raises:
+            AdapterNotFoundError, DataError: nothing changed.
+        """
+        check_examples(examples, self.base.vocab_size)
         version = self.registry.acquire(model)
 
         def finish(result: EvalResult | LoquetierError) -> None:

@@ -71,10 +71,7 @@ def encode_example(record: Mapping[str, Any], tokenizer: Any, max_len: int, numb
         tokens = [*_encode(tokenizer, text), *_eos(tokenizer)]
         learn = [True] * len(tokens)
     elif {"input_ids", "labels"} <= keys:
-        tokens = [int(t) for t in record["input_ids"]]
-        learn = [int(t) != IGNORE for t in record["labels"]]
-        if len(tokens) != len(learn):
-            raise DataError(f"Example {number}: {len(tokens)} input_ids but {len(learn)} labels")
+        tokens, learn = _take_ids(record["input_ids"], record["labels"], number)
     else:
         raise DataError(
             f"Example {number} has keys {sorted(keys)}; expected messages, prompt and completion, text, "
@@ -96,6 +93,22 @@ def encode_examples(records: Sequence[Mapping[str, Any]], tokenizer: Any, max_le
     if not records:
         raise DataError("the data has 0 examples; at least 1 is needed")
     return tuple(encode_example(r, tokenizer, max_len, n) for n, r in enumerate(records, 1))
+
+
+def check_examples(examples: Sequence[Example], vocab_size: int) -> None:
+    """Refuse what a step could not run.
+
+    Raises:
+        DataError: no example, an example without a label, or a token id that the base does not have.
+    """
+    if not examples:
+        raise DataError("the data has 0 examples; at least 1 is needed")
+    for number, example in enumerate(examples, 1):
+        if example.num_labels == 0:
+            raise DataError(f"Example {number} has no token to learn")
+        if min(example.tokens) < 0 or max(example.tokens) >= vocab_size:
+            bad = next(t for t in example.tokens if not 0 <= t < vocab_size)
+            raise DataError(f"Example {number} has token id {bad}; ids must be in [0, {vocab_size})")
 
 
 def epoch_order(num_examples: int, *, seed: int, epoch: int, shuffle: bool) -> list[int]:
@@ -138,6 +151,22 @@ def _encode_pair(prompt: Any, completion: Any, tokenizer: Any, number: int) -> t
     return tokens, [False] * len(head) + [True] * (len(tokens) - len(head))
 
 
+def _take_ids(input_ids: Any, labels: Any, number: int) -> tuple[list[int], list[bool]]:
+    """Labels are the tokens themselves or -100, not shifted (Hugging Face's convention)."""
+    for key, ids in (("input_ids", input_ids), ("labels", labels)):
+        if not isinstance(ids, (list, tuple)) or not all(isinstance(t, int) and not isinstance(t, bool) for t in ids):
+            raise DataError(f"Example {number}: {key!r} must be a list of integers")
+    if len(input_ids) != len(labels):
+        raise DataError(f"Example {number}: {len(input_ids)} input_ids but {len(labels)} labels")
+    for at, (token, label) in enumerate(zip(input_ids, labels, strict=True)):
+        if label not in (token, IGNORE):
+            raise DataError(
+                f"Example {number}: label {label} at position {at} is neither the token there ({token}) nor {IGNORE}; "
+                "labels are not shifted"
+            )
+    return list(input_ids), [label != IGNORE for label in labels]
+
+
 def _encode_chat(messages: Any, tokenizer: Any, number: int) -> tuple[list[int], list[bool]]:
     """Render growing prefixes through the model's own template; an assistant turn's new tokens are its labels."""
     if not isinstance(messages, (list, tuple)) or not messages:
@@ -151,6 +180,8 @@ def _encode_chat(messages: Any, tokenizer: Any, number: int) -> tuple[list[int],
             raise DataError(f"Example {number}, message {i + 1}: 'role' is missing or not a string")
         if not isinstance(message.get("content"), str):
             raise DataError(f"Example {number}, message {i + 1}: 'content' is missing or not a string")
+        if message.get("weight", 1) not in (0, 1):
+            raise DataError(f"Example {number}, message {i + 1}: weight={message['weight']!r} must be 0 or 1")
         if message["role"] != "assistant":
             continue
         before = render_chat(tokenizer, messages[:i], add_generation_prompt=True)
@@ -160,8 +191,8 @@ def _encode_chat(messages: Any, tokenizer: Any, number: int) -> tuple[list[int],
                 f"Example {number}, message {i + 1}: the chat template is not prefix-stable (rendering one more "
                 "message changes earlier tokens), so labels cannot be placed; use 'prompt' and 'completion'"
             )
-        weighted = message.get("weight", 1) not in (0, False)
-        learn += [False] * (len(before) - len(tokens)) + [weighted] * (len(after) - len(before))
+        is_learnt = message.get("weight", 1) == 1
+        learn += [False] * (len(before) - len(tokens)) + [is_learnt] * (len(after) - len(before))
         tokens = after
     return tokens, learn
 

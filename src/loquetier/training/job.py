@@ -242,9 +242,8 @@ class FinetuneJob:
         """
         means = self._sums.result()
         lr = learning_rate(self.config, self.num_steps, self.total_steps)
-        if not math.isfinite(means.loss):  # a gradient of it may still be finite, and must not be applied
-            self.optimizer.grad.fill_(math.nan)
-        norm = self.optimizer.step(lr)
+        # The gradient of an infinite loss may be finite: it must not be applied either.
+        norm = self.optimizer.step(lr) if math.isfinite(means.loss) else math.nan
         if not (math.isfinite(norm) and math.isfinite(means.loss)):
             raise TrainingDivergedError(
                 f"job {self.name!r}: loss {means.loss} and gradient norm {norm} at step {self.num_steps + 1}; the weights "
