@@ -5,15 +5,15 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from loquetier.config import SamplingParams
 from loquetier.engine.stopping import StopChecker, finish_reason
 
 # Few letters, so that stop strings overlap with the text, with each other and with themselves; plus wide characters.
-TEXT = st.text(alphabet="ab€😀", max_size=40)
-STOPS = st.lists(st.text(alphabet="ab€😀", min_size=1, max_size=5), max_size=4).map(tuple)
+TEXT = st.text(alphabet="ab😀", max_size=40)
+STOPS = st.lists(st.text(alphabet="ab😀", min_size=1, max_size=5), max_size=4).map(tuple)
 
 
 def cut(text: str, stops: tuple[str, ...]) -> tuple[str, str | None]:
@@ -27,6 +27,8 @@ def split(text: str, borders: list[int]) -> list[str]:
     return [text[a:b] for a, b in itertools.pairwise(points)]
 
 
+@settings(max_examples=500, deadline=None)  # no deadline: the machine's load is not what is tested
+@example("aaab", ("aab",), [1])  # needs the overlap of the stop string with itself
 @given(TEXT, STOPS, st.lists(st.integers(0, 100), max_size=12))
 def test_any_split_gives_the_text_cut_at_the_earliest_occurrence(
     text: str, stops: tuple[str, ...], borders: list[int]
