@@ -149,6 +149,10 @@ class Runtime:
         """The adapters that answer now."""
         return self._loop.call(lambda: [self._info(name) for name in self._engine.registry.names])
 
+    def adapter(self, name: str) -> AdapterInfo:
+        """One adapter that answers now. Raises AdapterNotFoundError."""
+        return self._loop.call(lambda: self._info(name))
+
     def export_adapter(self, model: str, directory: str | os.PathLike[str], *, overwrite: bool = False) -> str:
         """Write a served version as a PEFT directory; returns its digest (sha256).
 
@@ -167,6 +171,8 @@ class Runtime:
 
     def _info(self, name: str) -> AdapterInfo:
         version = self._engine.registry.resolve(name)
+        if version.slot < 0:
+            raise ConfigError(f"{name!r} is the base, not an adapter")
         arena = self._engine.arena
         return AdapterInfo(
             name,

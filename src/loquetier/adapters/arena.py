@@ -78,8 +78,11 @@ class Arena:
         """Bytes not owned by a slot (not necessarily in one piece)."""
         return sum(r.size for r in self._free) * self.itemsize
 
-    def allocate(self, modules: tuple[ModulePlan, ...]) -> int:
-        """Reserve a slot for these modules; its contents are zeros. Slot numbers are never reused.
+    def allocate(self, modules: tuple[ModulePlan, ...], *, zeroed: bool = True) -> int:
+        """Reserve a slot for these modules. Slot numbers are never reused.
+
+        Args:
+            zeroed: False when the caller overwrites all of it at once (publish).
 
         Raises:
             OutOfAdapterMemoryError: no free run is long enough; nothing changed.
@@ -96,7 +99,8 @@ class Arena:
         self._free = sorted([*(r for r in self._free if r is not run), *rest], key=lambda r: r.start)
         slot, self._next_slot = self._next_slot, self._next_slot + 1
         self._runs[slot], self._modules[slot] = _Run(run.start, size), modules
-        self._buffer[run.start : run.start + size].zero_()
+        if zeroed:
+            self._buffer[run.start : run.start + size].zero_()
         self.factors[slot] = factor_views(self.flat(slot), modules)
         return slot
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,6 +66,18 @@ class Base:
             dtype=self.dtype,
             device=self.device,
         )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells bases apart: names, shapes and the first weights (rounded to bfloat16) of every parameter.
+
+        The same checkpoint has the same fingerprint in float32 and in bfloat16.
+        """
+        digest = hashlib.sha256()
+        for name, parameter in self.loaded.model.named_parameters():
+            head = parameter.detach().flatten()[:64].to(torch.bfloat16).view(torch.int16).cpu()
+            digest.update(f"{name}{tuple(parameter.shape)}{head.tolist()}".encode())
+        return digest.hexdigest()
 
     def page_bytes(self, page_size: int) -> int:
         """Bytes of one KV page over all layers."""

@@ -54,12 +54,12 @@ def limit_row_modules(model: nn.Module, layers: Iterable[nn.Module], binding: Bi
     """Make norms keep train rows only, and gated MLPs the inputs of their activation only."""
     for module in model.modules():
         if type(module).__name__.endswith(("Norm", "RMSNorm")) and not list(module.children()):
-            module.forward = make_row_limited(module.forward, binding)  # type: ignore[method-assign]
+            module.forward = make_row_limited(module.forward, binding)
     for layer in layers:
         for module in layer.modules():
             limited = _limited_mlp(module, binding)
             if limited is not None:
-                module.forward = limited  # type: ignore[method-assign]
+                module.forward = limited
 
 
 def _limited_mlp(module: nn.Module, binding: Binding) -> Any:

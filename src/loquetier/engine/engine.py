@@ -36,7 +36,7 @@ from loquetier.errors import (
     OutOfKVMemoryError,
 )
 from loquetier.training.data import Example, check_examples
-from loquetier.training.job import EvalResult, EvalTask, FinetuneJob, JobStatus, StepRecord
+from loquetier.training.job import EvalResult, EvalTask, FinetuneJob, JobImage, JobStatus, StepRecord
 from loquetier.training.optimizer import AdapterOptimizer
 
 
@@ -274,28 +274,70 @@ class Engine:
                 same modules and ranks.
 
         Raises:
-            AdapterMismatchError, AdapterNotFoundError, ConfigError, DataError, OutOfAdapterMemoryError: nothing changed.
+            AdapterMismatchError, AdapterNotFoundError, ConfigError, DataError, OutOfAdapterMemoryError: nothing has
+                changed.
         """
-        check_name(name)
+        self._check_trainable(name)
         check_examples(examples, self.base.vocab_size)
         if eval_examples:
             check_examples(eval_examples, self.base.vocab_size)
-        if name == self.base.name:
-            raise ConfigError(f"{name!r} is the base's name; choose another for the adapter")
-        if any(job.name == name and not job.status.is_final for job in self.trainer.jobs.values()):
-            raise ConfigError(f"a job is already training {name!r}; cancel it first, or choose another name")
         modules = resolve_modules(spec, self.base.targets)
         source = self._same_layout(start_from, modules) if start_from is not None else None
-        slot = self.arena.allocate(modules)
+        slot = self._allocate_for_training(modules)
         if source is not None:
             self.arena.flat(slot).copy_(self.arena.flat(source))
         else:
             initialize_slot(self.arena.factors[slot], modules, config.seed)
         optimizer = AdapterOptimizer(self.arena.flat(slot), modules, config)
         job = FinetuneJob(next(self._job_ids), name, spec, config, examples, eval_examples, slot, optimizer)
+        return self._enter(job, listener)
+
+    def _enter(self, job: FinetuneJob, listener: JobListener) -> FinetuneJob:
         self.trainer.jobs[job.job_id] = job
         self._listeners[job.job_id] = listener
         return job
+
+    def restore_job(self, image: JobImage, listener: JobListener) -> FinetuneJob:
+        """Go on with a job that was taken out of another engine of the same base. Errors as `start_job`."""
+        self._check_trainable(image.name)
+        modules = resolve_modules(image.spec, self.base.targets)
+        slot = self._allocate_for_training(modules)
+        optimizer = AdapterOptimizer(self.arena.flat(slot), modules, image.config)
+        job = FinetuneJob(
+            next(self._job_ids),
+            image.name,
+            image.spec,
+            image.config,
+            image.examples,
+            image.eval_examples,
+            slot,
+            optimizer,
+        )
+        job.restore(image)
+        return self._enter(job, listener)
+
+    def _allocate_for_training(self, modules: tuple[ModulePlan, ...]) -> int:
+        """A slot to train in, if there is room for the first publish beside it."""
+        slot = self.arena.allocate(modules)
+        if self.arena.free_bytes < self.arena.slot_bytes(slot):
+            needed, free = 2 * self.arena.slot_bytes(slot), self.arena.free_bytes + self.arena.slot_bytes(slot)
+            self.arena.free(slot)
+            raise OutOfAdapterMemoryError(
+                f"training needs {needed} bytes, one slot to train in and one to publish to; the arena has {free} of "
+                f"{self.arena.total_bytes} bytes free. Unload an adapter or raise adapter_memory."
+            )
+        return slot
+
+    def _check_trainable(self, name: str) -> None:
+        check_name(name)
+        if name == self.base.name:
+            raise ConfigError(f"{name!r} is the base's name; choose another for the adapter")
+        if self.job_of(name) is not None:
+            raise ConfigError(f"a job is already training {name!r}; cancel it first, or choose another name")
+
+    def job_of(self, name: str) -> FinetuneJob | None:
+        """The job that trains `name` and has not ended, if any."""
+        return next((j for j in self.trainer.jobs.values() if j.name == name and not j.status.is_final), None)
 
     def _same_layout(self, model: str, modules: tuple[ModulePlan, ...]) -> int:
         slot = self.registry.resolve(model).slot
@@ -309,8 +351,8 @@ class Engine:
         return slot
 
     def set_job_status(self, job: FinetuneJob, status: JobStatus) -> None:
-        """Pause, resume or cancel; takes effect with the next step. Raises JobStateError."""
-        if status is JobStatus.CANCELLED:
+        """Pause, resume, cancel or detach; takes effect with the next step. Raises JobStateError."""
+        if status.is_final:
             self._end_job(job, status)
             self._release_jobs()
         else:
@@ -357,7 +399,7 @@ class Engine:
     def _publish(self, job: FinetuneJob) -> None:
         """The weights in training become a new served version: one copy between two steps, then the name moves."""
         started = time.perf_counter()
-        slot = self.arena.allocate(self.arena.modules(job.slot))
+        slot = self.arena.allocate(self.arena.modules(job.slot), zeroed=False)
         self.arena.flat(slot).copy_(self.arena.flat(job.slot))
         self.registry.publish(job.name, slot, job.spec)
         self.totals.publishes += 1

@@ -50,6 +50,8 @@ class Choice:
     prompt_logprobs: dict[int, dict[int, float]] = field(default_factory=dict)
     """By prompt position; filled chunk by chunk."""
     is_first_event: bool = True
+    error: LoquetierError | None = None
+    """Set while a step runs, when this choice alone must end with it."""
 
 
 @dataclass(slots=True, eq=False)

@@ -143,11 +143,19 @@ class Serving:
             rows = torch.arange(row + at - start, row + at - start + n).numpy()
             step = head_step(batch.step, rows, self.head_module, with_grad=False)
             logits_LV = self.base.logits(hidden_MD[rows[0] : rows[-1] + 1], step)
-            found = prompt_logprobs(logits_LV, seq.tokens[at + 1 : at + 1 + n], k)
+            try:
+                found = prompt_logprobs(logits_LV, seq.tokens[at + 1 : at + 1 + n], k)
+            except EngineError as error:  # logits that are not finite: this request ends, the step goes on
+                choice.error = error
+                return
             choice.prompt_logprobs.update(zip(range(at + 1, at + 1 + n), found, strict=True))
 
     def deliver(self, batch: Batch, sampled: SampledTokens | None) -> None:
         """Append the sampled tokens, tell the clients, end what is finished. After `Scheduler.commit`."""
+        for chunk, _ in batch.prompt_chunks:
+            broken = self.choices.get(chunk.seq.seq_id)
+            if broken is not None and broken.error is not None:
+                self.end(broken, broken.error)
         if sampled is None:
             return
         for i, seq in enumerate(batch.sampled):

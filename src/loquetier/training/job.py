@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from torch import Tensor
+
 from loquetier.adapters.spec import LoraSpec
 from loquetier.config import TrainingConfig
 from loquetier.engine.rows import TrainItem
@@ -17,18 +19,20 @@ from loquetier.training.optimizer import AdapterOptimizer, learning_rate
 
 
 class JobStatus(enum.Enum):
-    """States of a job; the last three are final."""
+    """States of a job; all but the first two are final."""
 
     RUNNING = "running"
     PAUSED = "paused"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
+    DETACHED = "detached"
+    """Taken out with its whole state, to go on in another runtime."""
 
     @property
     def is_final(self) -> bool:
         """True when the job will never run again."""
-        return self in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
+        return self not in (JobStatus.RUNNING, JobStatus.PAUSED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +121,30 @@ class EvalTask:
         return self._done == len(self.examples)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobImage:
+    """A job's whole state between two tapes, independent of engine, slot and device."""
+
+    name: str
+    spec: LoraSpec
+    config: TrainingConfig
+    examples: tuple[Example, ...]
+    eval_examples: tuple[Example, ...]
+    status: JobStatus
+    history: tuple[StepRecord, ...]
+    num_draws: int
+    """Optimizer steps whose examples were drawn: the place in the data."""
+    todo: tuple[int, ...]
+    """Items of the current step not yet computed; the others are in `grad`."""
+    step_labels: int
+    step_rows: int
+    sums: LossSum
+    master: Tensor
+    """Flat float32 weights in slot layout; `grad` and the moments have the same shape."""
+    grad: Tensor
+    moments: dict[str, Tensor]
+
+
 class FinetuneJob:
     """State of one job. It offers the examples of its current optimizer step; the engine runs them in any split.
 
@@ -149,6 +177,7 @@ class FinetuneJob:
         self._batches: Iterator[list[int]] = batches(
             len(examples), per_step, seed=config.seed, shuffle=config.shuffle, epochs=None
         )
+        self._num_draws = 0
         self._todo: list[TrainItem] = []
         self._num_open = 0
         """Items of the current step whose backward is not complete yet."""
@@ -190,6 +219,7 @@ class FinetuneJob:
 
     def _draw(self) -> None:
         numbers = next(self._batches)
+        self._num_draws += 1
         chosen = [self.examples[i] for i in numbers]
         # item_id carries the example's number and its place in the step: an epoch may repeat inside one step.
         self._todo = [
@@ -246,14 +276,52 @@ class FinetuneJob:
         norm = self.optimizer.step(lr) if math.isfinite(means.loss) else math.nan
         if not (math.isfinite(norm) and math.isfinite(means.loss)):
             raise TrainingDivergedError(
-                f"job {self.name!r}: loss {means.loss} and gradient norm {norm} at step {self.num_steps + 1}; the weights "
-                f"of step {self.num_steps} are kept. Lower learning_rate ({self.config.learning_rate}) or max_grad_norm."
+                f"job {self.name!r}: loss {means.loss} and gradient norm {norm} at step {self.num_steps + 1}; the "
+                f"weights of step {self.num_steps} are kept. Lower learning_rate ({self.config.learning_rate}) or "
+                "max_grad_norm."
             )
         seconds = time.monotonic() - self._started
         record = StepRecord(self.num_steps + 1, means.loss, means.accuracy, lr, norm, self._step_rows, seconds)
         self.history.append(record)
         self._sums = LossSum()
         return record
+
+    def image(self) -> JobImage:
+        """A copy of everything, on the CPU; only between a tape's end and the next one's start."""
+        assert not self.has_open_rows and self.evaluation is None
+        optimizer = self.optimizer
+        return JobImage(
+            name=self.name,
+            spec=self.spec,
+            config=self.config,
+            examples=self.examples,
+            eval_examples=self.eval_examples,
+            status=self.status,
+            history=tuple(self.history),
+            num_draws=self._num_draws,
+            todo=tuple(item.item_id for item in self._todo),
+            step_labels=self._step_labels,
+            step_rows=self._step_rows,
+            sums=replace(self._sums),
+            master=optimizer.master.detach().cpu().clone(),
+            grad=optimizer.grad.cpu().clone(),
+            moments={name: tensor.cpu().clone() for name, tensor in optimizer.state().items()},
+        )
+
+    def restore(self, image: JobImage) -> None:
+        """Go on from an image of a job with the same data and layout, bit for bit."""
+        self.status, self.history = image.status, list(image.history)
+        for _ in range(image.num_draws):
+            next(self._batches)
+        self._num_draws = image.num_draws
+        self._todo = [
+            TrainItem(self.job_id, item_id, self.example(item_id).num_rows, self.slot) for item_id in image.todo
+        ]
+        self._num_open = len(self._todo)
+        self._step_labels, self._step_rows, self._sums = image.step_labels, image.step_rows, replace(image.sums)
+        self._started = time.monotonic()
+        self.optimizer.load_state(image.master, image.moments)
+        self.optimizer.grad.copy_(image.grad)
 
     def attach_evaluation(self, result: EvalResult) -> None:
         """Put an evaluation's result into the record of the step it was made after."""
@@ -266,9 +334,9 @@ class FinetuneJob:
             JobStateError: not from the present state; nothing changed.
         """
         allowed = {
-            JobStatus.RUNNING: {JobStatus.PAUSED, JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED},
+            JobStatus.RUNNING: set(JobStatus) - {JobStatus.RUNNING},
             # SUCCEEDED: its last step, or the evaluation after it, was already under way when it was paused.
-            JobStatus.PAUSED: {JobStatus.RUNNING, JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED},
+            JobStatus.PAUSED: set(JobStatus) - {JobStatus.PAUSED},
         }.get(self.status, set())
         if to not in allowed:
             raise JobStateError(f"job {self.name!r} is {self.status.value} and cannot become {to.value}")

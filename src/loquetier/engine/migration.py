@@ -1,0 +1,81 @@
+"""Taking an adapter out of an engine with all that belongs to it, and putting it into another one of the same base.
+
+The base is never copied: an image holds the adapter's factors and, if it is in training, its job between two tapes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from loquetier.adapters.spec import LoraSpec, resolve_modules
+from loquetier.engine.engine import Engine
+from loquetier.engine.trainer import JobListener
+from loquetier.errors import AdapterInUseError, AdapterMismatchError, AdapterNotFoundError
+from loquetier.training.job import FinetuneJob, JobImage, JobStatus
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterImage:
+    """One adapter outside any engine."""
+
+    name: str
+    base_fingerprint: str
+    spec: LoraSpec
+    factors: dict[str, tuple[Tensor, Tensor]] | None
+    """By module path, A ``[r, in]`` and B ``[out, r]``, as served last; None when nothing was published yet."""
+    job: JobImage | None
+    """Its job, if it was in training."""
+
+
+def detach(engine: Engine, name: str) -> AdapterImage:
+    """Take `name` out: it stops answering, requests under way end on it, its job ends as DETACHED.
+
+    Raises:
+        AdapterNotFoundError: neither served nor in training. AdapterInUseError: its job has rows between forward and
+        backward, or an evaluation running; pause it and try again after the next steps. Nothing changed.
+    """
+    job = engine.job_of(name)
+    is_served = name in engine.registry.names
+    if job is None and not is_served:
+        raise AdapterNotFoundError(f"no adapter {name[:140]!r} is loaded or in training")
+    if job is not None and (job.has_open_rows or job.evaluation is not None):
+        raise AdapterInUseError(f"job {name!r} is in the middle of a step; pause it and wait for the step's end")
+    factors = engine.adapter_factors(name)[2] if is_served else None
+    spec = engine.registry.resolve(name).spec if is_served else None
+    image = AdapterImage(
+        name=name,
+        base_fingerprint=engine.base.fingerprint,
+        spec=spec or (job.spec if job else LoraSpec()),
+        factors=factors,
+        job=job.image() if job else None,
+    )
+    if is_served:
+        engine.unload_adapter(name)
+    if job is not None:
+        engine.set_job_status(job, JobStatus.DETACHED)
+    return image
+
+
+def attach(engine: Engine, image: AdapterImage, listener: JobListener) -> FinetuneJob | None:
+    """Put an image into `engine`: served at once, and its job, if any, goes on bit for bit.
+
+    Raises:
+        AdapterMismatchError: it was made on another base. AdapterExistsError, OutOfAdapterMemoryError: nothing changed.
+    """
+    if image.base_fingerprint != engine.base.fingerprint:
+        raise AdapterMismatchError(
+            f"adapter {image.name!r} was detached from another base (fingerprint {image.base_fingerprint[:12]}...) "
+            f"than {engine.base.name!r} ({engine.base.fingerprint[:12]}...); attach it to a runtime of the same base"
+        )
+    job = engine.restore_job(image.job, listener) if image.job else None
+    if image.factors is not None:
+        modules = resolve_modules(image.spec, engine.base.targets)
+        try:
+            engine.load_adapter(image.name, image.spec, modules, image.factors)
+        except Exception:
+            if job is not None:
+                engine.set_job_status(job, JobStatus.DETACHED)
+            raise
+    return job
