@@ -75,6 +75,8 @@ def _cached_rows(
 ) -> list[Tensor]:
     cache, first = step.cache, step.cache_start
     assert cache is not None and step.cache_rows is not None
+    if step.fresh_pages is not None:
+        cache.clear(layer, step.fresh_pages)
     cache.write(layer, step.cache_rows, k.transpose(0, 1)[first:], v.transpose(0, 1)[first:])
     parts = []
     for a, b, past, pages_B in step.prefill:

@@ -78,6 +78,8 @@ class StepContext:
     """First PREFILL row: rows from here on go to the cache."""
     cache_rows: Tensor | None = None
     """Flat cache position of each row from `cache_start` on, int64."""
+    fresh_pages: Tensor | None = None
+    """Pages whose first token is among those rows: cleared before they are written."""
     cuts: LayerCuts | None = None
 
     @cached_property

@@ -26,9 +26,14 @@ class KVCache:
         self.page_size = page_size
         self.num_pages = num_pages
         shape = (num_pages + 1, page_size, kv_heads, head_dim)  # + 1: the trash page
-        # zeros, not empty: masked keys are multiplied by zero weights, and 0 * NaN would be NaN.
+        # zeros, not empty (see `clear`): masked keys are multiplied by zero weights, and 0 * NaN would be NaN.
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+
+    def clear(self, layer: int, pages_F: Tensor) -> None:
+        """Zero pages before their first token is written: what another sequence left there, NaN say, must not count."""
+        self.keys[layer].index_fill_(0, pages_F, 0)
+        self.values[layer].index_fill_(0, pages_F, 0)
 
     def write(self, layer: int, rows_M: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> None:
         """Store K and V of M tokens at flat positions ``page * page_size + offset`` (``rows_M``, int64)."""
@@ -39,6 +44,16 @@ class KVCache:
         """K and V of one sequence's first `length` tokens, ``[length, K, D]`` each (a copy)."""
         k, v = (c[layer].index_select(0, pages_B).flatten(0, 1)[:length] for c in (self.keys, self.values))
         return k, v
+
+    def clear(self, pages_P: Tensor) -> None:
+        """Zero pages that change hands and will not be filled at once.
+
+        Decoding reads whole pages and gives what lies behind a sequence's end the weight 0. That hides any finite
+        value, but a NaN left there by a broken adapter would reach the new owner: 0 * NaN is NaN.
+        """
+        if pages_P.numel():
+            for layer in (*self.keys, *self.values):
+                layer.index_fill_(0, pages_P, 0)
 
     @staticmethod
     def page_bytes(num_layers: int, page_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:

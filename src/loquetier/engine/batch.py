@@ -56,6 +56,8 @@ class Batch:
     sample_rows: Int64s
     prompt_chunks: tuple[tuple[PrefillChunk, int], ...]
     """Chunks whose every row's logits are wanted, with their first row."""
+    begun_pages_P: Tensor
+    """KV pages that a sequence begins in this step and does not fill: to be cleared before the forward."""
 
 
 @dataclass(slots=True)
@@ -113,7 +115,8 @@ def build_batch(
         draft.add(seq.tokens[-1:], seq.num_computed, seq.slot)
     packed = _Packer(cache.keys[0].device)
     ids, positions = packed.add(_joined(draft.ids)), packed.add(_joined(draft.positions))
-    cache_rows = packed.add(_cache_rows(plan, cache.page_size))
+    rows = _cache_rows(plan, cache.page_size)
+    cache_rows, fresh_pages = packed.add(rows), packed.add(rows[rows % cache.page_size == 0] // cache.page_size)
     tables = [packed.add(np.asarray(c.seq.pages, dtype=np.int64)) for c in plan.prefill]
     decode_pages = packed.add(_page_tables(plan.decode))
     packed.send()
@@ -135,6 +138,7 @@ def build_batch(
         cache=cache,
         cache_start=cache_start,
         cache_rows=cache_rows(),
+        fresh_pages=fresh_pages(),
         cuts=cuts,
     )
     done = [(c.seq, row + c.length - 1) for c, row in zip(plan.prefill, chunk_rows, strict=True) if _is_last(c)]
@@ -150,6 +154,7 @@ def build_batch(
         sampled=tuple(seq for seq, _ in done),
         sample_rows=np.asarray([row for _, row in done], dtype=np.int64),
         prompt_chunks=wanted,
+        begun_pages_P=begun_pages(),
     )
 
 
@@ -218,6 +223,12 @@ def _cache_rows(plan: StepPlan, page_size: int) -> Int64s:
         pages = np.asarray([s.pages[s.num_computed // page_size] for s in plan.decode], dtype=np.int64)
         parts.append(pages * page_size + at % page_size)
     return _joined(parts)
+
+
+def _begun_pages(flat_rows: Int64s, page_size: int) -> Int64s:
+    """Pages whose first position is written in this step and whose last is not."""
+    pages, offsets = np.divmod(flat_rows, page_size)
+    return np.setdiff1d(pages[offsets == 0], pages[offsets == page_size - 1])
 
 
 def _page_tables(decode: Sequence[TokenSequence]) -> Int64s:
