@@ -45,16 +45,6 @@ class KVCache:
         k, v = (c[layer].index_select(0, pages_B).flatten(0, 1)[:length] for c in (self.keys, self.values))
         return k, v
 
-    def clear(self, pages_P: Tensor) -> None:
-        """Zero pages that change hands and will not be filled at once.
-
-        Decoding reads whole pages and gives what lies behind a sequence's end the weight 0. That hides any finite
-        value, but a NaN left there by a broken adapter would reach the new owner: 0 * NaN is NaN.
-        """
-        if pages_P.numel():
-            for layer in (*self.keys, *self.values):
-                layer.index_fill_(0, pages_P, 0)
-
     @staticmethod
     def page_bytes(num_layers: int, page_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         """Bytes of one page over all layers, K and V together."""

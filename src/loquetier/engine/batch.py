@@ -56,8 +56,6 @@ class Batch:
     sample_rows: Int64s
     prompt_chunks: tuple[tuple[PrefillChunk, int], ...]
     """Chunks whose every row's logits are wanted, with their first row."""
-    begun_pages_P: Tensor
-    """KV pages that a sequence begins in this step and does not fill: to be cleared before the forward."""
 
 
 @dataclass(slots=True)
@@ -154,7 +152,6 @@ def build_batch(
         sampled=tuple(seq for seq, _ in done),
         sample_rows=np.asarray([row for _, row in done], dtype=np.int64),
         prompt_chunks=wanted,
-        begun_pages_P=begun_pages(),
     )
 
 
@@ -223,12 +220,6 @@ def _cache_rows(plan: StepPlan, page_size: int) -> Int64s:
         pages = np.asarray([s.pages[s.num_computed // page_size] for s in plan.decode], dtype=np.int64)
         parts.append(pages * page_size + at % page_size)
     return _joined(parts)
-
-
-def _begun_pages(flat_rows: Int64s, page_size: int) -> Int64s:
-    """Pages whose first position is written in this step and whose last is not."""
-    pages, offsets = np.divmod(flat_rows, page_size)
-    return np.setdiff1d(pages[offsets == 0], pages[offsets == page_size - 1])
 
 
 def _page_tables(decode: Sequence[TokenSequence]) -> Int64s:
