@@ -86,9 +86,7 @@ def slot_factors(engine: Engine, slot: int, flat: Tensor | None = None) -> Facto
 
     modules = engine.arena.modules(slot)
     views = factor_views(engine.arena.flat(slot) if flat is None else flat, modules)
-    return {
-        m.target.path: (views[m.target.index].a_RK.clone(), views[m.target.index].b_RN.T.clone()) for m in modules
-    }
+    return {m.target.path: (views[m.target.index].a_RK.clone(), views[m.target.index].b_RN.T.clone()) for m in modules}
 
 
 def ignore(_job: FinetuneJob, _record: StepRecord | None) -> None:
@@ -142,6 +140,7 @@ class Answer:
     """What one request got."""
 
     model: str
+    prompt: tuple[int, ...]
     events: list[TokenEvent] = field(default_factory=list)
 
     @property
@@ -155,7 +154,7 @@ class Answer:
 
 def ask(engine: Engine, model: str, prompt: Sequence[int], max_tokens: int, **params: Any) -> Answer:
     """A greedy request that runs to `max_tokens`."""
-    answer = Answer(model)
+    answer = Answer(model, tuple(prompt))
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, **params)
     engine.add_request(list(prompt), model, sampling, answer.events.append)
     return answer
