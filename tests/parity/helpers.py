@@ -29,9 +29,9 @@ BASE_NAME = "tiny"
 FP32_TOLERANCE = 1e-4
 """Max abs error of a float32 logit against Hugging Face or PEFT, over the whole vocabulary.
 
-Logits of the tiny models are units to tens, and float32 rounds at 6e-8 of that per operation; the order of additions in
-a few hundred of them differs between one GEMM over all rows and one per sequence. Wrong masks, rows, positions or scales
-show as errors of 0.1 to 10.
+Logits of the tiny models are units to tens, and float32 rounds at 6e-8 of that per operation; the order of additions
+in a few hundred of them differs between one GEMM over all rows and one per sequence. Wrong masks, rows, positions or
+scales show as errors of 0.1 to 10.
 """
 _MACHINE = Hardware(has_cuda=False, cpu_bf16_fast=False, free_memory=1 << 30)
 

@@ -20,9 +20,8 @@ def plan(index: int, rank: int, in_features: int = 7, out_features: int = 5, sca
     return ModulePlan(LinearTarget(f"m{index}", index, in_features, out_features, 0), rank, scale)
 
 
-plans = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 40)), min_size=1, max_size=4, unique_by=lambda t: t[0]).map(
-    lambda items: tuple(plan(index, rank) for index, rank in sorted(items))
-)
+ranks_by_index = st.dictionaries(st.integers(0, 9), st.integers(1, 40), min_size=1, max_size=4)
+plans = ranks_by_index.map(lambda ranks: tuple(plan(index, rank) for index, rank in sorted(ranks.items())))
 
 
 class ArenaMachine(RuleBasedStateMachine):

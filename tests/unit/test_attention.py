@@ -81,7 +81,9 @@ def test_the_causal_mask_ends_at_each_query() -> None:
     assert mask.tolist() == [[False, True, True, True, False], [False, False, True, True, True]]
 
 
-def fill(lengths: list[int], *, kv_heads: int, page_size: int) -> tuple[KVCache, list[list[int]], list[Tensor], list[Tensor]]:
+def fill(
+    lengths: list[int], *, kv_heads: int, page_size: int
+) -> tuple[KVCache, list[list[int]], list[Tensor], list[Tensor]]:
     """A cache with scattered pages in mixed order; K and V per sequence as ``[K, P, D]``."""
     g = torch.Generator().manual_seed(sum(lengths))
     pages_of = [-(-n // page_size) for n in lengths]
@@ -104,7 +106,7 @@ def fill(lengths: list[int], *, kv_heads: int, page_size: int) -> tuple[KVCache,
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 @pytest.mark.parametrize(("heads", "kv_heads", "page_size"), [(4, 2, 4), (4, 4, 16), (6, 1, 3)])
-def test_decode_equals_naive_softmax_of_each_sequence(heads: int, kv_heads: int, page_size: int, rule: MaskRule) -> None:
+def test_decode_equals_naive_softmax_of_each_one(heads: int, kv_heads: int, page_size: int, rule: MaskRule) -> None:
     lengths = [1, 31, 8, 4, 17]
     cache, tables, keys, values = fill(lengths, kv_heads=kv_heads, page_size=page_size)
     width = max(map(len, tables))

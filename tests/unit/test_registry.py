@@ -111,7 +111,9 @@ RegistryMachine.TestCase.settings = settings(max_examples=60, stateful_step_coun
 TestRegistry = RegistryMachine.TestCase
 
 
-@pytest.mark.parametrize("model", ["", "maths", "MATH", "math@", "math@2", "math@01", "math@1@1", "@1", "base@0", "base@", " math"])
+@pytest.mark.parametrize(
+    "model", ["", "maths", "MATH", "math@", "math@2", "math@01", "math@1@1", "@1", "base@0", "base@", " math"]
+)
 def test_what_is_not_served_is_never_the_base(model: str) -> None:
     registry = AdapterRegistry(BASE, lambda slot: None)
     registry.add("math", 0, LoraSpec())

@@ -39,7 +39,7 @@ def make_case(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> Case:
-    """Segment i has `lengths[i]` rows of slot i (or i // 2 with `repeat`) after `gaps[i]` base rows; rank None = not adapted."""
+    """Segment i: `lengths[i]` rows of slot i (i // 2 with `repeat`), after `gaps[i]` base rows. Rank None: not adapted."""
     g = torch.Generator().manual_seed(seed)
 
     def rand(*shape: int) -> Tensor:
@@ -73,9 +73,7 @@ def dense(case: Case, x_TK: Tensor, factors: dict[int, tuple[Tensor, Tensor]]) -
 
 
 def adapted(case: Case) -> dict[int, tuple[Tensor, Tensor]]:
-    return {
-        slot: (m[MODULE].a_RK.clone(), m[MODULE].b_RN.clone()) for slot, m in case.table.items() if MODULE in m
-    }
+    return {slot: (m[MODULE].a_RK.clone(), m[MODULE].b_RN.clone()) for slot, m in case.table.items() if MODULE in m}
 
 
 CASES = {
@@ -156,16 +154,14 @@ def test_an_adapter_gets_no_gradient_from_anothers_rows() -> None:
 
 @given(
     parts=st.lists(
-        st.tuples(st.integers(0, 6), st.integers(0, 3), st.one_of(st.none(), st.integers(1, 70))), min_size=1, max_size=6
+        st.tuples(st.integers(0, 6), st.integers(0, 3), st.none() | st.integers(1, 70)), min_size=1, max_size=6
     ),
     k=st.integers(1, 40),
     n=st.integers(1, 40),
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=60, deadline=None)
-def test_any_layout_equals_masked_dense(
-    parts: list[tuple[int, int, int | None]], k: int, n: int, seed: int
-) -> None:
+def test_any_layout_equals_masked_dense(parts: list[tuple[int, int, int | None]], k: int, n: int, seed: int) -> None:
     case = make_case([p[0] for p in parts], [p[2] for p in parts], gaps=[p[1] for p in parts], k=k, n=n, seed=seed)
     y_TN = case.y_TN.clone()
     smlm_forward(case.x_TK, y_TN, MODULE, case.segments, case.table)
