@@ -1,0 +1,227 @@
+"""A job's states, schedule and sums, without a model."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from loquetier.adapters.arena import num_elements
+from loquetier.adapters.spec import LinearTarget, LoraSpec, ModulePlan
+from loquetier.config import TrainingConfig
+from loquetier.errors import JobStateError, TrainingDivergedError
+from loquetier.training.data import Example, batches
+from loquetier.training.job import EvalResult, EvalTask, FinetuneJob, JobStatus, LossSum
+from loquetier.training.optimizer import AdapterOptimizer
+
+MODULES = (ModulePlan(LinearTarget("model.layers.0.q_proj", 0, 4, 3, 0), 2, 1.0),)
+SLOT = 9
+
+
+def example(length: int, labels: int) -> Example:
+    """`length` tokens, the last `labels` of them learnt."""
+    return Example(tuple(range(length)), tuple(i >= length - labels for i in range(length)))
+
+
+EXAMPLES = tuple(example(4 + i, 1 + i % 3) for i in range(5))
+
+
+def make_job(config: TrainingConfig, evals: tuple[Example, ...] = ()) -> FinetuneJob:
+    optimizer = AdapterOptimizer(torch.ones(num_elements(MODULES)), MODULES, config)
+    return FinetuneJob(1, "job", LoraSpec(), config, EXAMPLES, evals, SLOT, optimizer)
+
+
+def run_step(job: FinetuneJob, nll: float = 2.0) -> list[int]:
+    """One optimizer step whose rows all lose `nll`; returns the examples' numbers."""
+    items = list(job.ready_items())
+    job.take({item.item_id for item in items})
+    for item in items:
+        job.record(nll * job.example(item.item_id).num_labels, 0.0, job.example(item.item_id).num_labels)
+    job.finish_items(len(items))
+    job.optimizer_step()
+    return [item.item_id % len(EXAMPLES) for item in items]
+
+
+# --- states ---
+
+ENDS = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED, JobStatus.DETACHED}
+LEGAL = {
+    *((JobStatus.RUNNING, to) for to in ENDS | {JobStatus.PAUSED}),
+    *((JobStatus.PAUSED, to) for to in ENDS | {JobStatus.RUNNING}),
+}
+
+
+@pytest.mark.parametrize(("before", "after"), list(itertools.product(JobStatus, JobStatus)))
+def test_transitions(before: JobStatus, after: JobStatus) -> None:
+    job = make_job(TrainingConfig())
+    job.status = before
+    if (before, after) in LEGAL:
+        job.move(after)
+        assert job.status is after
+    else:
+        with pytest.raises(JobStateError, match=f"is {before.value} and cannot become {after.value}"):
+            job.move(after)
+        assert job.status is before
+
+
+def test_final_states() -> None:
+    assert {status for status in JobStatus if status.is_final} == ENDS
+
+
+# --- items ---
+
+
+def test_items_follow_the_data_order_and_wait_for_the_backward() -> None:
+    job = make_job(TrainingConfig(batch_size=2, num_epochs=2, seed=3))
+    expected = list(batches(5, 2, seed=3, shuffle=True, epochs=2))
+    assert job.total_steps == len(expected) == 6
+    for numbers in expected:
+        items = list(job.ready_items())
+        assert [i.item_id % 5 for i in items] == numbers
+        assert [(i.num_rows, i.slot, i.job_id) for i in items] == [(EXAMPLES[n].num_rows, SLOT, 1) for n in numbers]
+        assert job.row_weight == 1 / sum(EXAMPLES[n].num_labels for n in numbers)
+        assert job.ready_items() == items  # asking again changes nothing
+        job.take({items[0].item_id})
+        assert job.ready_items() == items[1:]
+        job.take({i.item_id for i in items})
+        assert job.has_open_rows and job.ready_items() == [] and not job.is_step_ready
+        for item in items:
+            job.record(1.0, 1.0, job.example(item.item_id).num_labels)
+        job.finish_items(len(items))
+        assert job.is_step_ready and not job.has_open_rows
+        job.optimizer_step()
+        assert not job.is_step_ready
+    assert job.ready_items() == []
+
+
+def test_an_example_that_comes_twice_in_a_step_has_two_ids() -> None:
+    job = make_job(TrainingConfig(batch_size=4, gradient_accumulation_steps=4, max_steps=1))
+    items = job.ready_items()
+    assert len({i.item_id for i in items}) == len(items)
+
+
+def test_a_paused_job_offers_nothing_and_goes_on_where_it_was() -> None:
+    job = make_job(TrainingConfig(batch_size=2))
+    items = list(job.ready_items())
+    job.move(JobStatus.PAUSED)
+    assert job.ready_items() == []
+    job.move(JobStatus.RUNNING)
+    assert job.ready_items() == items
+
+
+def test_a_job_waits_for_its_evaluation() -> None:
+    job = make_job(TrainingConfig(batch_size=2))
+    job.evaluation = EvalTask(2, SLOT, EXAMPLES)
+    assert job.ready_items() == []
+
+
+@pytest.mark.parametrize(
+    ("config", "steps"),
+    [
+        (TrainingConfig(batch_size=2, num_epochs=3), 9),
+        (TrainingConfig(batch_size=2, gradient_accumulation_steps=2, num_epochs=3), 6),
+        (TrainingConfig(batch_size=8), 1),
+        (TrainingConfig(batch_size=2, num_epochs=3, max_steps=4), 4),
+        (TrainingConfig(batch_size=2, num_epochs=1, max_steps=40), 40),
+    ],
+)
+def test_total_steps(config: TrainingConfig, steps: int) -> None:
+    assert make_job(config).total_steps == steps
+
+
+# --- records ---
+
+
+def test_loss_is_the_mean_over_labelled_tokens_not_over_examples() -> None:
+    job = make_job(TrainingConfig(batch_size=2, shuffle=False))
+    items = job.ready_items()
+    job.take({i.item_id for i in items})
+    job.record(3.0, 1.0, 1)
+    job.record(8.0, 0.0, 2)
+    job.finish_items(2)
+    record = job.optimizer_step()
+    assert record.loss == pytest.approx(11 / 3) and record.accuracy == pytest.approx(1 / 3)
+    assert record.num_tokens == EXAMPLES[0].num_rows + EXAMPLES[1].num_rows
+    assert record.step == job.num_steps == 1 and record.seconds >= 0 and record.evaluation is None
+
+
+def test_a_loss_that_is_not_finite_changes_nothing() -> None:
+    job = make_job(TrainingConfig(batch_size=2))
+    run_step(job)
+    before = job.optimizer.master.clone()
+    job.optimizer.grad.fill_(1.0)
+    with pytest.raises(TrainingDivergedError, match=r"'job'.*step 2.*step 1 are kept.*learning_rate \(0.0002\)"):
+        run_step(job, nll=math.inf)
+    assert torch.equal(job.optimizer.master, before) and job.num_steps == 1
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+    job = make_job(TrainingConfig(batch_size=2))
+    before = job.optimizer.master.clone()
+    job.optimizer.grad[1] = math.nan
+    with pytest.raises(TrainingDivergedError, match="gradient norm nan at step 1"):
+        run_step(job)
+    assert torch.equal(job.optimizer.master, before)
+
+
+def test_loss_sum() -> None:
+    sums = LossSum()
+    assert sums.result() == EvalResult(0.0, 0.0, 0)
+    sums.add(2.0, 1.0, 2)
+    sums.add(1.0, 1.0, 1)
+    assert sums.result() == EvalResult(1.0, 2 / 3, 3)
+    assert sums.result().perplexity == pytest.approx(math.e)
+    assert math.isfinite(EvalResult(1e6, 0.0, 1).perplexity)
+
+
+# --- publishing and evaluating ---
+
+
+@pytest.mark.parametrize(
+    ("settings", "published"),
+    [
+        ({"publish": "every_step"}, [1, 2, 3, 4, 5]),
+        ({"publish": "every_n_steps", "publish_every": 2}, [2, 4, 5]),
+        ({"publish": "end"}, [5]),
+    ],
+)
+def test_publish_schedule(settings: dict[str, object], published: list[int]) -> None:
+    job = make_job(TrainingConfig(batch_size=2, max_steps=5, **settings))  # type: ignore[arg-type]
+    found = []
+    for step in range(1, 6):
+        run_step(job)
+        found += [step] * job.is_published_now
+    assert found == published
+
+
+@pytest.mark.parametrize(("every", "due"), [(0, []), (2, [2, 4, 5]), (5, [5]), (9, [5])])
+def test_evaluation_schedule(every: int, due: list[int]) -> None:
+    job = make_job(TrainingConfig(batch_size=2, max_steps=5, eval_every=every), EXAMPLES[:1])
+    without = make_job(TrainingConfig(batch_size=2, max_steps=5, eval_every=every))
+    found = []
+    for step in range(1, 6):
+        run_step(job)
+        run_step(without)
+        found += [step] * job.is_eval_due
+        assert not without.is_eval_due
+    assert found == due
+
+
+def test_evaluation_task() -> None:
+    task = EvalTask(4, SLOT, EXAMPLES[:3])
+    assert [(i.item_id, i.job_id, i.num_rows) for i in task.ready_items()] == [(0, 4, 3), (1, 4, 4), (2, 4, 5)]
+    task.take(2)
+    assert [i.item_id for i in task.ready_items()] == [2]
+    for _ in range(3):
+        assert not task.is_done
+        task.record(1.0, 0.0, 1)
+    assert task.is_done and task.sums.result() == EvalResult(1.0, 0.0, 3)
+
+
+def test_evaluation_joins_the_record_of_its_step() -> None:
+    job = make_job(TrainingConfig(batch_size=2))
+    run_step(job)
+    job.attach_evaluation(EvalResult(1.0, 0.5, 7))
+    assert job.history[0].evaluation == EvalResult(1.0, 0.5, 7) and job.num_steps == 1
