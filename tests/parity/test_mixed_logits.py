@@ -26,7 +26,9 @@ from tests.tiny import tiny_model
 from loquetier.adapters.spec import LoraSpec
 from loquetier.config import TrainingConfig
 from loquetier.engine.engine import Engine
+from loquetier.errors import LoquetierError
 from loquetier.training.data import Example
+from loquetier.training.job import EvalResult
 
 __all__ = ["new_engine"]
 
@@ -124,8 +126,10 @@ def test_rows_in_training_beside_them_change_nothing(
     config = TrainingConfig(batch_size=3, num_epochs=1000, learning_rate=1e-2)
     for name, spec in (("job-a", LoraSpec(r=8)), ("job-b", LoraSpec(r=3, target_modules=("lm_head", "q_proj")))):
         engine.start_job(name, spec, config, examples, (), lambda job, record: None)
+    evaluations: list[EvalResult | LoquetierError] = []
     recorder = LogitRecorder(engine)
     crowd(engine)
+    engine.evaluate("r64-all", examples, evaluations.append)
     for _ in range(400):
         if not engine.scheduler.has_work:
             break
@@ -133,6 +137,7 @@ def test_rows_in_training_beside_them_change_nothing(
         engine.check_integrity()
     assert not engine.scheduler.has_work
     assert recorder.saw(train=True, prefill=True, decode=True)
+    assert recorder.saw(evaluate=True, decode=True) and isinstance(evaluations[0], EvalResult)
     assert engine.totals.publishes > 2, "training must really move beside the requests"
     compare(engine, recorder, pefts, model)
 

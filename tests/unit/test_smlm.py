@@ -39,7 +39,7 @@ def make_case(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> Case:
-    """Segment i: `lengths[i]` rows of slot i (i // 2 with `repeat`), after `gaps[i]` base rows. Rank None: not adapted."""
+    """Segment i: `lengths[i]` rows on slot i (or i // 2) after `gaps[i]` base rows; rank None: not adapted."""
     g = torch.Generator().manual_seed(seed)
 
     def rand(*shape: int) -> Tensor:
