@@ -184,7 +184,9 @@ def test_chat_without_a_template() -> None:
         # Names the number of messages first, as templates that fold the history do.
         "{{ messages | length }}{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}",
         # Drops earlier assistant turns, as templates of reasoning models do with their thoughts.
-        "{% for m in messages %}{% if m['role'] != 'assistant' or loop.last %}{{ m['content'] }}{% endif %}{% endfor %}",
+        "{% for m in messages %}"
+        "{% if m['role'] != 'assistant' or loop.last %}{{ m['content'] }}{% endif %}"
+        "{% endfor %}",
     ],
     ids=["count first", "drops history"],
 )
@@ -236,8 +238,8 @@ FIRST_ORDER = [1, 2, 6, 0, 3, 4, 5, 7]
 def test_batches_cover_each_epoch_once() -> None:
     found = list(batches(7, 3, seed=5, shuffle=True, epochs=2))
     assert [len(b) for b in found] == [3, 3, 1, 3, 3, 1]
-    assert sum(found[:3], []) == epoch_order(7, seed=5, epoch=0, shuffle=True)
-    assert sum(found[3:], []) == epoch_order(7, seed=5, epoch=1, shuffle=True)
+    assert [n for b in found[:3] for n in b] == epoch_order(7, seed=5, epoch=0, shuffle=True)
+    assert [n for b in found[3:] for n in b] == epoch_order(7, seed=5, epoch=1, shuffle=True)
 
 
 def test_batches_for_ever() -> None:

@@ -89,9 +89,9 @@ def test_forward_and_backward(case: str, num_members: int, bias: bool, num_train
     exact = {
         slot: {
             m: Factors(f.a_RK.double().requires_grad_(), f.b_RN.double().requires_grad_(), f.scale)
-            for m, f in t.items()
+            for m, f in table.items()
         }
-        for slot, t in factors.items()
+        for slot, table in factors.items()
     }
     x64 = x.detach()[0].double().requires_grad_()
     expected = dense(x64, originals, segments, exact)
