@@ -17,8 +17,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("adapters", "base"),
     ("training",),
     ("engine",),
-    ("runtime",),
-    ("cli", "demo", "server", "bench", "cluster", "__main__", ""),
+    ("generation", "finetuning", "virtual", "runtime"),
+    ("cli", "doctor", "demo", "server", "bench", "cluster", "__main__", ""),
 )
 """Lowest first. A module may import its own layer and those below. The last entry, "", is the package itself."""
 

@@ -1,0 +1,170 @@
+"""The command line: exit codes, one-line errors, and a whole train-then-generate round on a tiny random base."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.tiny import save_tiny
+
+import loquetier.finetuning as finetuning
+from loquetier.cli import main
+from loquetier.doctor import report
+from loquetier.errors import ConfigError
+from loquetier.finetuning import FinetuneHandle
+from loquetier.kernels.select import KERNELS, active_kernels
+from loquetier.training.job import StepRecord
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("base")
+    save_tiny(directory, "llama")
+    return str(directory)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{n}+1=", "completion": str(n + 1)}) + "\n" for n in range(8)))
+    return path
+
+
+def exit_code(*argv: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+def failure(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line on stderr of a command that fails."""
+    assert exit_code(*argv) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1, err
+    assert "Traceback" not in err
+    return err
+
+
+def test_the_command_line_loads_no_torch() -> None:
+    code = "import sys, loquetier.cli; assert not {'torch', 'transformers', 'rich.live'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("command", ["demo", "generate", "finetune", "doctor", "serve", "bench"])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(command, "--help") == 0
+    assert "Usage" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv", [("serve", "smollm2-135m", "--port", "1"), ("bench",)])
+def test_what_is_not_there_yet_says_so(argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(*argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "is not in version" in captured.err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("generate", "hi", "--adapter", "nodirectory"),
+        ("generate", "hi", "--adapter", "a=x", "--adapter", "a=y"),
+        ("generate", "hi", "--adapter", "a=x", "--adapter", "b=y"),
+        ("generate", "hi", "--temperature", "warm"),
+        ("generate", "hi", "--dtype", "int8"),
+        ("finetune", "x.jsonl", "--name", "a", "--out", "b", "--start-from", "c", "--r", "4"),
+        ("no-such-command",),
+    ],
+)
+def test_usage_errors_exit_with_2(argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(*argv) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_unknown_base_and_bad_values_are_one_line(capsys: pytest.CaptureFixture[str], base: str) -> None:
+    assert "[base_not_found]" in failure(capsys, "generate", "hi", "--base", "no-such-base")
+    # Checked before the base is loaded: the base does not exist, and yet the value is what is named.
+    err = failure(capsys, "generate", "hi", "--base", "no-such-base", "--temperature", "-1")
+    assert "[invalid_value]" in err and "temperature=-1.0" in err
+    assert "[model_not_found]" in failure(capsys, "generate", "hi", "--base", base, "--model", "nobody")
+
+
+def test_finetune_checks_everything_before_it_loads_the_base(
+    capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path
+) -> None:
+    def refused(*argv: str) -> str:
+        return failure(capsys, "finetune", *argv, "--base", "no-such-base")
+
+    out = str(tmp_path / "out")
+    assert "cannot read" in refused("nowhere.jsonl", "--name", "a", "--out", out)
+    assert "[adapter_exists]" in refused(str(data), "--name", "a", "--out", str(tmp_path))
+    assert "is not a writable directory" in refused(str(data), "--name", "a", "--out", str(data / "x"))
+    assert "learning_rate=2.0" in refused(str(data), "--name", "a", "--out", out, "--learning-rate", "2")
+    assert "adapter name 'a b'" in refused(str(data), "--name", "a b", "--out", out)
+    assert "--eval-data" in refused(str(data), "--name", "a", "--out", out, "--eval-every", "5")
+    data.write_text('{"prompt": "x"\n')
+    assert "line 1" in refused(str(data), "--name", "a", "--out", out)
+    assert not Path(out).exists()
+
+
+def test_train_then_generate_then_continue(
+    capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path, base: str
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    train = ("finetune", str(data), "--name", "plus", "--base", base, "--dtype", "float32", "--learning-rate", "1e-2")
+    options = ("--max-steps", "12", "--r", "4", "--target-modules", "q_proj, v_proj", "--eval-data", str(data))
+    assert exit_code(*train, *options, "--out", str(first)) == 0
+    out = capsys.readouterr().out
+    assert "12 of 12 steps" in out and "held-out: loss" in out
+    assert json.loads((first / "adapter_config.json").read_text())["r"] == 4
+
+    ask = ("generate", "3+1=", "--base", base, "--raw", "--max-tokens", "8", "--dtype", "float32")
+    assert exit_code(*ask) == 0
+    plain = capsys.readouterr().out
+    assert exit_code(*ask, "--adapter", f"plus={first}") == 0
+    assert capsys.readouterr().out != plain, "the one adapter that is loaded answers without --model"
+
+    assert exit_code(*train, "--max-steps", "2", "--start-from", str(first), "--out", str(second)) == 0
+    assert json.loads((second / "adapter_config.json").read_text())["target_modules"] == ["q_proj", "v_proj"]
+
+
+def test_interrupted_training_writes_what_was_published(
+    capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = finetuning.poll_steps
+
+    def interrupted(handle: FinetuneHandle) -> Iterator[StepRecord]:
+        yield next(iter(real(handle)))
+        raise KeyboardInterrupt  # as Ctrl-C does, in the main thread
+
+    monkeypatch.setattr(finetuning, "poll_steps", interrupted)
+    out = tmp_path / "out"
+    code = exit_code("finetune", str(data), "--name", "a", "--base", base, "--max-steps", "1000000", "--out", str(out))
+    assert code == 130
+    assert "did not finish" in capsys.readouterr().out
+    assert (out / "adapter_model.safetensors").is_file()
+
+
+def test_doctor_names_machine_kernels_and_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("doctor") == 0
+    out = capsys.readouterr().out
+    for word in ("cores", "torch", "shrink", "reference", "smollm2-135m", "dtype", "KV cache"):
+        assert word in out
+    assert [title for title, _ in report()][:3] == ["Machine", "Software", "Kernels"]
+
+
+def test_only_backends_that_exist_can_be_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert set(active_kernels({})) == set(KERNELS)
+    assert "asks for it" in active_kernels({"LOQUETIER_KERNELS": "reference"})["shrink"].reason
+    with pytest.raises(ConfigError, match=r"'warp'.*reference"):
+        active_kernels({"LOQUETIER_KERNELS": "warp"})
+    monkeypatch.setenv("LOQUETIER_KERNELS", "warp")
+    assert exit_code("doctor") == 1
+    assert "[invalid_value]" in capsys.readouterr().err
