@@ -24,7 +24,10 @@ from tests.parity.training_helpers import (
 
 from loquetier.adapters.spec import LoraSpec, resolve_modules
 from loquetier.config import TrainingConfig
+from loquetier.engine.batch import build_batch
+from loquetier.engine.rows import StepPlan, TrainItem
 from loquetier.errors import TrainingDivergedError
+from loquetier.kernels.reference import Segment
 from loquetier.training.job import FinetuneJob, JobStatus
 
 A_DATA, B_DATA = random_examples(6, 5, 25, 1), random_examples(5, 8, 20, 2)
@@ -209,3 +212,18 @@ def test_an_overflow_in_the_forward_ends_only_that_job_and_those_requests() -> N
         for answer in traffic.answers:
             expected = "error" if answer.model == "huge" else "length"
             assert answer.events[-1].finish_reason == expected
+
+
+def test_evaluation_rows_of_the_slot_in_training_are_not_trained() -> None:
+    """A plan with TRAIN rows and, right behind them, EVAL rows on the same slot: one segment each."""
+    engine = make_engine()
+    job = start(engine, "job", A_SPEC, a_config(), A_DATA)
+    train, evaluate = (TrainItem(job.job_id, number, A_DATA[number].num_rows, job.slot) for number in (0, 1))
+    plan = StepPlan(train=(train,), evaluate=(evaluate,))
+    batch = build_batch(
+        plan, lambda item: (A_DATA[item.item_id], 1.0), engine.arena.factors, engine.trainer.grads(), engine.cache, None
+    )
+    first, total = train.num_rows, train.num_rows + evaluate.num_rows
+    assert batch.step.segments == (Segment(job.slot, 0, first), Segment(job.slot, first, total))
+    assert batch.step.train_segments == batch.step.segments[:1]
+    assert batch.step.spans == ((0, first), (first, total))
