@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
@@ -20,6 +21,8 @@ from loquetier.engine.sampler import SampledTokens, new_state, prompt_logprobs, 
 from loquetier.engine.scheduler import Scheduler
 from loquetier.engine.stopping import StopChecker
 from loquetier.errors import ConfigError, ContextLengthError, EngineError, LoquetierError
+
+log = logging.getLogger("loquetier.serving")
 
 PROMPT_CHUNK_ROWS = 128
 """Rows of prompt logits alive at a time."""
@@ -171,14 +174,23 @@ class Serving:
             if event.finish_reason is not None:
                 self.scheduler.finish(seq)
                 self._forget(choice)
-            choice.request.sink(event)
+            self._tell(choice.request, event)
+
+    def _tell(self, request: Request, event: TokenEvent) -> None:
+        """Hand an event to the client; one that cannot take it (its event loop is closed, say) has left."""
+        try:
+            request.sink(event)
+        except Exception:
+            log.exception("the client of request %d cannot take its answer; the request ends", request.request_id)
+            request.sink = _nobody
+            self.abort(request.request_id)
 
     def end(self, choice: Choice, error: LoquetierError | None) -> None:
         """End one choice early: aborted by its client (no error), or failed."""
         self.scheduler.abort(choice.seq)
         self._forget(choice)
         reason: FinishReason = "abort" if error is None else "error"
-        choice.request.sink(TokenEvent(choice.index, None, "", finish_reason=reason, error=error))
+        self._tell(choice.request, TokenEvent(choice.index, None, "", finish_reason=reason, error=error))
 
     def abort(self, request_id: int, error: LoquetierError | None = None) -> None:
         """End every open choice of a request; one that is finished or unknown is left alone."""
@@ -198,3 +210,7 @@ class Serving:
     def users_of(self, version: AdapterVersion) -> int:
         """Requests running on a version."""
         return sum(r.version is version for r in self.requests.values())
+
+
+def _nobody(_: TokenEvent) -> None:
+    """The sink of a request whose client has left."""
