@@ -37,8 +37,6 @@ DTypeOption = Annotated[Literal["auto", "float32", "bfloat16"], typer.Option(hel
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit: 0 done, 1 it failed (one line on stderr), 2 wrong usage, 130 interrupted."""
-    # An offline machine must not wait for a hub that is not there; a hub id as base still asks it.
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         app(args=None if argv is None else list(argv), prog_name="loquetier")
     except LoquetierError as error:

@@ -72,7 +72,7 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> Summary:
         console.print("No PNG: matplotlib is not installed. Install it with: pip install 'loquetier[demo]'")
     else:
         written.append(plot)
-    console.print(f"Written: {', '.join(str(path) for path in written)}")
+    console.print(f"Written: {', '.join(str(path) for path in written)}", markup=False, highlight=False, soft_wrap=True)
     return summary
 
 

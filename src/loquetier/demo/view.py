@@ -18,7 +18,9 @@ _BARS = "▁▂▃▄▅▆▇█"
 _COLORS = ("yellow", "magenta", "cyan")
 _WINDOW = 10.0
 """Seconds over which the shown tokens per second are taken."""
-_TEXT_LINES = 6
+_TEXT_LINES = 5
+_PANEL_LINES = 12
+"""Both rows of panels together fit a terminal of 24 lines."""
 
 
 def sparkline(values: list[float], width: int) -> str:
@@ -128,7 +130,7 @@ def _training_panel(state: DemoState, width: int) -> Panel:
     body.append(f"\nstep {done}/{state.total_steps}")
     if state.steps:
         step = state.steps[-1]
-        body.append(f"   loss {step.loss:.4f}   learning rate {step.learning_rate:.1e}")
+        body.append(f"   loss {step.loss:.4f}   lr {step.learning_rate:.1e}")
         body.append(f"   held out {state.held_out[-1][1]:.4f}\n" if state.held_out else "\n")
         body.append(sparkline([record.loss for record in state.steps], width), style="green")
     body.append(f"\n\nheld out: {state.live_question}\n", style="dim")
@@ -139,7 +141,7 @@ def _training_panel(state: DemoState, width: int) -> Panel:
         body,
         title=f"[bold green]orders, in training and answering, {state.seconds:.0f} s",
         border_style="green",
-        height=15,
+        height=_PANEL_LINES,
     )
 
 
@@ -172,7 +174,7 @@ def _engine_panel(state: DemoState) -> Panel:
         table.add_row("rows: train", f"{totals.train_rows}")
         table.add_row("backward units", f"{totals.backward_units}")
         table.add_row("publish, mean", "-" if publish is None else f"{publish:.1f} ms")
-    return Panel(table, title="[bold]engine, one forward pass for all", height=15)
+    return Panel(table, title="[bold]engine, one forward pass for all", height=_PANEL_LINES)
 
 
 def _last(values: list[float]) -> float:
