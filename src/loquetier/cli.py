@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from loquetier import __version__
+from loquetier import __version__, cli_validate
 from loquetier.errors import AdapterExistsError, ConfigError, LoquetierError
 
 if TYPE_CHECKING:
@@ -300,6 +300,9 @@ def _show_progress(handle: FinetuneHandle) -> bool:
                 handle.cancel()
             return handle.status is JobStatus.CANCELLED
     return False
+
+
+cli_validate.register(app)
 
 
 @app.command()

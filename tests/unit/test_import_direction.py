@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("training",),
     ("engine",),
     ("generation", "finetuning", "virtual", "runtime"),
-    ("cli", "doctor", "demo", "server", "bench", "cluster", "__main__", ""),
+    ("cli", "cli_validate", "validate_view", "doctor", "demo", "server", "bench", "cluster", "__main__", ""),
 )
 """Lowest first. A module may import its own layer and those below. The last entry, "", is the package itself."""
 

@@ -86,6 +86,18 @@ def load_base(
     )
 
 
+def load_tokenizer(name: str, *, cache_dir: Path | None = None, allow_network: bool = True) -> Any:
+    """The tokenizer of the base called `name`, without its weights in memory; None when it has none.
+
+    Raises:
+        BaseNotFoundError, UnsupportedModelError, ConfigError: as `load_base`.
+    """
+    with _no_progress_bars():
+        display, source = _locate(name, cache_dir, allow_network)
+        _refuse_remote_code(display, source)
+        return _read_tokenizer(display, source)
+
+
 def _locate(name: str, cache_dir: Path | None, allow_network: bool) -> tuple[str, Path]:
     """Display name and local directory of `name`."""
     if name in PRESETS:
