@@ -319,10 +319,18 @@ def serve() -> None:
     _not_yet("serve", "use the Python API (loquetier.Runtime) or `loquetier generate`")
 
 
-@app.command(context_settings=_LATER)
-def bench() -> None:
-    """Not in this version: benchmarks. `loquetier demo` measures tokens per second."""
-    _not_yet("bench", "`loquetier demo` measures tokens per second of serving and training together")
+@app.command()
+def bench(
+    base: Annotated[str, typer.Option(help="Preset, local directory, GGUF file or hub id.")] = "smollm2-135m",
+    dtype: DTypeOption = "auto",
+    rounds: Annotated[int, typer.Option(min=1, help="Counted rounds; one warm-up round comes first.")] = 5,
+    peer: Annotated[bool, typer.Option(help="Also measure PEFT, in turn with us (needs the dev extra).")] = True,
+    output: Annotated[Path, typer.Option(help="Where the result goes.")] = Path("bench-output/core.json"),
+) -> None:
+    """Serve, train, and do both, against PEFT on the same work; medians and ratios, kept as JSON."""
+    from loquetier.bench.view import bench_command
+
+    bench_command(base, dtype=dtype, rounds=rounds, with_peer=peer, output=output)
 
 
 def _not_yet(command: str, instead: str) -> NoReturn:

@@ -61,6 +61,9 @@ class RuntimeStats:
     kv_pages: int
     arena_bytes_free: int
     arena_bytes: int
+    publishes: int
+    publish_seconds: float
+    """Time spent publishing, over all publishes."""
 
 
 class Runtime:
@@ -126,7 +129,7 @@ class Runtime:
         weights = read_adapter(Path(directory), base.targets, base_names=(base.name,))
 
         def load() -> AdapterInfo:
-            self._engine.load_adapter(name, weights.spec, weights.modules, weights.factors)
+            self._engine.adapters.load(name, weights.spec, weights.modules, weights.factors)
             return self._info(name)
 
         return self._loop.call(load)
@@ -140,7 +143,7 @@ class Runtime:
 
         def unload() -> int:
             num_bytes = self._info(name).num_bytes if name in self._engine.registry.names else 0
-            self._engine.unload_adapter(name)
+            self._engine.adapters.unload(name)
             return num_bytes
 
         return self._loop.call(unload)
@@ -159,7 +162,7 @@ class Runtime:
         Raises:
             AdapterNotFoundError: no such model. ConfigError: it is the base. AdapterError: the directory exists.
         """
-        version, modules, factors = self._loop.call(lambda: self._engine.adapter_factors(model))
+        version, modules, factors = self._loop.call(lambda: self._engine.adapters.factors(model))
         return write_adapter(
             Path(directory),
             spec=version.spec,
@@ -332,7 +335,7 @@ class Runtime:
         handle = FinetuneHandle(self._engine, self._loop, callbacks)
 
         def start() -> None:
-            handle.attach(self._engine.start_job(name, spec, training, examples, evals, handle.listen, start_from))
+            handle.attach(self._engine.jobs.start(name, spec, training, examples, evals, handle.listen, start_from))
 
         try:
             self._loop.call(start)
@@ -348,7 +351,7 @@ class Runtime:
         """Loss and token accuracy of a served model (None: the base) on labelled data, as EVAL rows of steps."""
         examples = encode_examples(_records(data), self.tokenizer, min(max_seq_len, self.max_context))
         done: Future[EvalResult | LoquetierError] = Future()
-        self._loop.call(lambda: self._engine.evaluate(model or self.base_name, examples, done.set_result))
+        self._loop.call(lambda: self._engine.jobs.evaluate(model or self.base_name, examples, done.set_result))
         result = done.result()
         if isinstance(result, LoquetierError):
             raise result
@@ -371,6 +374,8 @@ class Runtime:
             kv_pages=engine.allocator.num_pages,
             arena_bytes_free=engine.arena.free_bytes,
             arena_bytes=engine.arena.total_bytes,
+            publishes=engine.jobs.publishes,
+            publish_seconds=engine.jobs.publish_seconds,
         )
 
     def check_integrity(self) -> None:

@@ -83,12 +83,12 @@ def detach_adapter(runtime: Runtime, name: str) -> AdapterImage:
 
 
 def _pause(runtime: Runtime, name: str) -> JobStatus | None:
-    job: FinetuneJob | None = runtime._engine.job_of(name)
+    job: FinetuneJob | None = runtime._engine.jobs.find(name)
     if job is None:
         return None
     was = job.status
     if was is JobStatus.RUNNING:
-        runtime._engine.set_job_status(job, JobStatus.PAUSED)
+        runtime._engine.jobs.set_status(job, JobStatus.PAUSED)
     return was
 
 

@@ -65,7 +65,7 @@ def load_random(engine: Engine, name: str, *, std: float = 0.1, seed: int = 1, *
         )
         for m in modules
     }
-    engine.load_adapter(name, lora, modules, factors)
+    engine.adapters.load(name, lora, modules, factors)
 
 
 def pages_taken(engine: Engine) -> int:
@@ -463,7 +463,7 @@ def test_a_request_finishes_on_the_version_it_began_with(model: Any, new_engine:
     for _ in range(5):
         engine.step()
     slots = engine.arena.slots
-    engine.unload_adapter("lora")
+    engine.adapters.unload("lora")
     assert engine.arena.slots == slots, "its weights stay while it runs"
     with pytest.raises(AdapterNotFoundError):
         ask(engine, prompt(9, 0), "lora")

@@ -51,7 +51,7 @@ PROMPT = list(range(30, 45))
 
 def served_twin(engine: Engine, model: str) -> Any:
     """HF + PEFT with the weights that the engine exports for `model`."""
-    version, _, factors = engine.adapter_factors(model)
+    version, _, factors = engine.adapters.factors(model)
     return peft_model("llama", version.spec, factors)
 
 
@@ -96,7 +96,7 @@ def test_every_step_serves_its_weights_at_once() -> None:
             found.append(got)
         assert all(a != b for a, b in pairwise(found))
         run(engine)
-        assert job.status is JobStatus.SUCCEEDED and engine.totals.publishes == 4
+        assert job.status is JobStatus.SUCCEEDED and engine.jobs.publishes == 4
 
 
 def test_requests_finish_on_the_version_they_began_with() -> None:
@@ -132,10 +132,10 @@ def test_publish_schedule(settings: dict[str, Any], numbers: list[int]) -> None:
         published: list[int] = []
 
         def listen(job: FinetuneJob, record: StepRecord | None) -> None:
-            if record is not None and engine.totals.publishes > len(published):
+            if record is not None and engine.jobs.publishes > len(published):
                 published.append(record.step)
 
-        engine.start_job("job", SPEC, config, DATA, (), listen)
+        engine.jobs.start("job", SPEC, config, DATA, (), listen)
         run(engine)
         assert published == numbers
         assert engine.registry.resolve("job").number == len(numbers)
@@ -157,13 +157,13 @@ def test_a_job_replaces_a_served_adapter_with_its_first_publish() -> None:
 def test_listener_hears_every_step_and_change_in_order() -> None:
     with checked(make_engine()) as engine:
         heard: list[tuple[JobStatus, int | None]] = []
-        job = engine.start_job(
+        job = engine.jobs.start(
             "job", SPEC, CONFIG, DATA, (), lambda job, record: heard.append((job.status, record and record.step))
         )
         engine.step()
-        engine.set_job_status(job, JobStatus.PAUSED)
+        engine.jobs.set_status(job, JobStatus.PAUSED)
         assert not engine.has_work
-        engine.set_job_status(job, JobStatus.RUNNING)
+        engine.jobs.set_status(job, JobStatus.RUNNING)
         run(engine)
     running, paused, done = JobStatus.RUNNING, JobStatus.PAUSED, JobStatus.SUCCEEDED
     assert heard == [
@@ -207,7 +207,7 @@ def test_evaluate_is_hugging_faces_loss(busy: bool) -> None:
         if busy:
             start(engine, "job", SPEC, CONFIG, DATA)
         for model in ("other", BASE_NAME):
-            engine.evaluate(model, EVALS, lambda result, model=model: results.__setitem__(model, result))  # type: ignore[misc]
+            engine.jobs.evaluate(model, EVALS, lambda result, model=model: results.__setitem__(model, result))  # type: ignore[misc]
         run(engine, Traffic(engine, 1, every=1) if busy else None)
         assert engine.totals.eval_rows == 2 * sum(e.num_rows for e in EVALS)
         expect_close(results["other"], expected_result(peft_model("llama", SPEC, factors), EVALS))
@@ -221,7 +221,7 @@ def test_evaluate_runs_on_the_version_of_its_start() -> None:
             engine.step()
         twin = served_twin(engine, "job")
         results: list[EvalResult | LoquetierError] = []
-        engine.evaluate("job", EVALS, results.append)
+        engine.jobs.evaluate("job", EVALS, results.append)
         run(engine)
         assert job.num_steps == 4
         expect_close(results[0], expected_result(twin, EVALS))
@@ -242,7 +242,7 @@ def test_eval_every(traffic: bool) -> None:
                 if record is not None and record.step not in twins:
                     twins[record.step] = served_twin(engine, job.name)
 
-            job = engine.start_job("job", SPEC, config, DATA, EVALS, listen)
+            job = engine.jobs.start("job", SPEC, config, DATA, EVALS, listen)
             run(engine, Traffic(engine, 1) if traffic else None)
             assert job.status is JobStatus.SUCCEEDED
             losses.append([r.loss for r in job.history])
@@ -266,7 +266,7 @@ def test_a_job_stopped_between_forward_and_backward(status: JobStatus) -> None:
         ask(engine, BASE_NAME, PROMPT, 30)
         engine.step()
         assert engine.trainer.tape is not None and job.has_open_rows
-        engine.set_job_status(job, status)
+        engine.jobs.set_status(job, status)
         engine.check_integrity()
         assert job.slot in engine.arena.slots
         while engine.trainer.tape is not None:
@@ -278,7 +278,7 @@ def test_a_job_stopped_between_forward_and_backward(status: JobStatus) -> None:
             assert job.num_steps == 1
             run(engine)
             assert job.num_steps == 1 and not engine.has_work
-            engine.set_job_status(job, JobStatus.RUNNING)
+            engine.jobs.set_status(job, JobStatus.RUNNING)
         run(engine)
         assert job.status is (JobStatus.CANCELLED if status is JobStatus.CANCELLED else JobStatus.SUCCEEDED)
 
@@ -295,7 +295,7 @@ def test_a_job_paused_during_its_last_step_succeeds(eval_every: int) -> None:
         answer = ask(engine, BASE_NAME, PROMPT, 30)
         engine.step()
         assert job.has_open_rows
-        engine.set_job_status(job, JobStatus.PAUSED)
+        engine.jobs.set_status(job, JobStatus.PAUSED)
         run(engine)
         assert job.status is other.status is JobStatus.SUCCEEDED and job.num_steps == 1
         assert (job.history[0].evaluation is not None) == bool(eval_every)
@@ -308,18 +308,18 @@ def test_final_states_are_final() -> None:
         run(engine)
         for status in (JobStatus.PAUSED, JobStatus.RUNNING, JobStatus.CANCELLED):
             with pytest.raises(JobStateError):
-                engine.set_job_status(job, status)
+                engine.jobs.set_status(job, status)
         assert job.status is JobStatus.SUCCEEDED
 
 
 def test_a_broken_step_fails_who_took_part_and_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
     with checked(make_engine()) as engine:
         waiting = start(engine, "waiting", SPEC, CONFIG, DATA)
-        engine.set_job_status(waiting, JobStatus.PAUSED)
+        engine.jobs.set_status(waiting, JobStatus.PAUSED)
         job = start(engine, "job", SPEC, CONFIG, DATA)
         answer = ask(engine, BASE_NAME, PROMPT, 5)
         results: list[EvalResult | LoquetierError] = []
-        engine.evaluate(BASE_NAME, EVALS, results.append)
+        engine.jobs.evaluate(BASE_NAME, EVALS, results.append)
         with monkeypatch.context() as patched:
 
             def fail(*_: object) -> torch.Tensor:
@@ -331,7 +331,7 @@ def test_a_broken_step_fails_who_took_part_and_nobody_else(monkeypatch: pytest.M
         assert "no memory left" in str(job.error)
         assert isinstance(answer.events[-1].error, EngineError) and isinstance(results[0], EngineError)
         engine.check_integrity()
-        engine.set_job_status(waiting, JobStatus.RUNNING)
+        engine.jobs.set_status(waiting, JobStatus.RUNNING)
         again = ask(engine, BASE_NAME, PROMPT, 5)
         run(engine)
         assert waiting.status is JobStatus.SUCCEEDED
@@ -438,7 +438,7 @@ def test_refused_jobs_change_nothing(arguments: dict[str, Any], error: type[Exce
         free, slots = engine.arena.free_bytes, engine.arena.slots
         a: dict[str, Any] = {"name": "job", "spec": SPEC, "examples": DATA, "evals": (), "start_from": None} | arguments
         with pytest.raises(error, match=reason):
-            engine.start_job(a["name"], a["spec"], CONFIG, a["examples"], a["evals"], lambda *_: None, a["start_from"])
+            engine.jobs.start(a["name"], a["spec"], CONFIG, a["examples"], a["evals"], lambda *_: None, a["start_from"])
         assert (engine.arena.free_bytes, engine.arena.slots) == (free, slots)
         assert list(engine.trainer.jobs.values()) == [running]
         engine.check_integrity()
@@ -454,5 +454,5 @@ def test_refused_evaluations(model: str, examples: tuple[Example, ...], error: t
         load_random_adapter(engine, "other", SPEC, 1)
         done: Callable[[EvalResult | LoquetierError], None] = pytest.fail  # type: ignore[assignment]
         with pytest.raises(error):
-            engine.evaluate(model, examples, done)
+            engine.jobs.evaluate(model, examples, done)
         assert not engine.has_work

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.tiny import save_tiny
 
 from loquetier import EngineConfig, LoraSpec, Runtime, SamplingParams, TrainingConfig
 from loquetier.errors import AdapterMismatchError, AdapterNotFoundError
 from loquetier.training.job import JobStatus
 from loquetier.virtual import VirtualModel, attach_adapter, detach_adapter
-from tests.tiny import save_tiny
 
 SPEC = LoraSpec(r=4, alpha=8)
 TRAINING = TrainingConfig(batch_size=2, max_steps=12, learning_rate=1e-2, seed=3, publish="every_step")
@@ -41,7 +41,7 @@ def two(base: Path) -> Iterator[tuple[Runtime, Runtime]]:
 
 def _weights(runtime: Runtime, name: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = runtime._loop.call(
-        lambda: runtime._engine.adapter_factors(name)
+        lambda: runtime._engine.adapters.factors(name)
     )[2]
     return factors
 

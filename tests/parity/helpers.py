@@ -206,7 +206,7 @@ def load_peft(engine: Engine, name: str, peft: Any, directory: Path) -> None:
     """Save with PEFT, read with ours, serve as `name`."""
     peft.save_pretrained(directory, save_embedding_layers=False)
     weights = read_adapter(directory, engine.base.targets)
-    engine.load_adapter(name, weights.spec, weights.modules, weights.factors)
+    engine.adapters.load(name, weights.spec, weights.modules, weights.factors)
 
 
 def max_error(ours: Tensor, theirs: Tensor) -> float:

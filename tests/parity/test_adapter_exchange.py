@@ -60,7 +60,7 @@ def served_logits(engine: Engine, name: str, prompt: list[int]) -> Tensor:
 
 
 def export(engine: Engine, name: str, directory: Path) -> None:
-    version, modules, factors = engine.adapter_factors(name)
+    version, modules, factors = engine.adapters.factors(name)
     write_adapter(directory, spec=version.spec, modules=modules, factors=factors, base_name=None)
 
 
@@ -106,7 +106,7 @@ def test_a_published_training_run_gives_peft_the_served_logits(
     engine, prompt = new_engine(model), prompt_of(20, 3)
     examples = tuple(Example(tuple(prompt_of(10, i)), (True,) * 10) for i in range(4))
     spec = LoraSpec(r=4, alpha=12, use_rslora=True, target_modules=("q_proj", "down_proj", "lm_head"))
-    engine.start_job(
+    engine.jobs.start(
         "trained", spec, TrainingConfig(batch_size=2, num_epochs=2, learning_rate=1e-2), examples, (), lambda j, r: None
     )
     run(engine)
@@ -122,7 +122,7 @@ def test_export_and_import_again_serves_the_same_bits(model: Any, new_engine: En
     load_peft(engine, "one", peft_model(model, 5, **CASES["patterns"]), tmp_path / "peft")
     export(engine, "one", tmp_path / "out")
     again = read_adapter(tmp_path / "out", engine.base.targets)
-    engine.load_adapter("two", again.spec, again.modules, again.factors)
+    engine.adapters.load("two", again.spec, again.modules, again.factors)
     assert again.modules == resolve_modules(engine.registry.resolve("one").spec, engine.base.targets)
     assert torch.equal(served_logits(engine, "one", prompt), served_logits(engine, "two", prompt))
 
@@ -137,7 +137,7 @@ def test_loading_changes_neither_the_base_nor_another_adapter(
     load_peft(engine, "two", peft_model(model, 6, **CASES["rslora"]), tmp_path / "two")
     served_logits(engine, "two", prompt)
     assert all(torch.equal(a, served_logits(engine, n, prompt)) for a, n in zip(before, ("tiny", "one"), strict=True))
-    engine.unload_adapter("two")
+    engine.adapters.unload("two")
     assert all(torch.equal(a, served_logits(engine, n, prompt)) for a, n in zip(before, ("tiny", "one"), strict=True))
     after = engine.base.loaded.model.state_dict()
     assert weights.keys() == after.keys() and all(torch.equal(weights[k], after[k]) for k in weights)

@@ -94,7 +94,7 @@ def test_gradients_of_a_job_without_rows_stay_exactly_zero() -> None:
     with checked(make_engine()) as engine:
         job_a, job_b = start(engine, "a", A_SPEC, a_config(), A_DATA), start(engine, "b", B_SPEC, B_CONFIG, B_DATA)
         before = job_b.optimizer.master.clone()
-        engine.set_job_status(job_b, JobStatus.PAUSED)
+        engine.jobs.set_status(job_b, JobStatus.PAUSED)
         traffic = Traffic(engine, 1, every=2, until=lambda: job_a in engine.trainer.jobs.values())
 
         def look(step: int) -> None:
@@ -104,7 +104,7 @@ def test_gradients_of_a_job_without_rows_stay_exactly_zero() -> None:
 
         run(engine, look)
         assert job_a.status is JobStatus.SUCCEEDED and job_b.num_steps == 0
-        engine.set_job_status(job_b, JobStatus.CANCELLED)
+        engine.jobs.set_status(job_b, JobStatus.CANCELLED)
 
 
 def test_inference_rows_of_the_adapter_in_training_give_no_gradient() -> None:
@@ -199,7 +199,7 @@ def test_an_overflow_in_the_forward_ends_only_that_job_and_those_requests() -> N
     spec = LoraSpec(r=4, target_modules=("q_proj", "k_proj"))
     with checked(make_engine()) as engine:
         modules = resolve_modules(spec, engine.base.targets)
-        engine.load_adapter("huge", spec, modules, random_factors(engine, spec, 6, std=1e10))
+        engine.adapters.load("huge", spec, modules, random_factors(engine, spec, 6, std=1e10))
         bad = start(engine, "bad", spec, a_config(), A_DATA, start_from="huge")
         good = start(engine, "good", B_SPEC, B_CONFIG, B_DATA)
         seen = watch(engine, bad)

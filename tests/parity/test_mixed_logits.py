@@ -125,11 +125,11 @@ def test_rows_in_training_beside_them_change_nothing(
     examples = tuple(Example(tuple(prompt_of(9 + i, 200 + i)), (True,) * (9 + i)) for i in range(6))
     config = TrainingConfig(batch_size=3, num_epochs=1000, learning_rate=1e-2)
     for name, spec in (("job-a", LoraSpec(r=8)), ("job-b", LoraSpec(r=3, target_modules=("lm_head", "q_proj")))):
-        engine.start_job(name, spec, config, examples, (), lambda job, record: None)
+        engine.jobs.start(name, spec, config, examples, (), lambda job, record: None)
     evaluations: list[EvalResult | LoquetierError] = []
     recorder = LogitRecorder(engine)
     crowd(engine)
-    engine.evaluate("r64-all", examples, evaluations.append)
+    engine.jobs.evaluate("r64-all", examples, evaluations.append)
     for _ in range(400):
         if not engine.scheduler.has_work:
             break
@@ -138,7 +138,7 @@ def test_rows_in_training_beside_them_change_nothing(
     assert not engine.scheduler.has_work
     assert recorder.saw(train=True, prefill=True, decode=True)
     assert recorder.saw(evaluate=True, decode=True) and isinstance(evaluations[0], EvalResult)
-    assert engine.totals.publishes > 2, "training must really move beside the requests"
+    assert engine.jobs.publishes > 2, "training must really move beside the requests"
     compare(engine, recorder, pefts, model)
 
 

@@ -76,7 +76,7 @@ def expect_equal(engine: Engine, job: FinetuneJob, seen: Watch, examples: Sequen
     twin = peft_model("llama", job.spec, seen.initial, **LAYERS)
     expected = peft_train(twin, examples, job.config, job.total_steps)
     torch.testing.assert_close([r.loss for r in job.history], expected, rtol=LOSS_RTOL, atol=0.0)
-    _, _, weights = engine.adapter_factors(job.name)
+    _, _, weights = engine.adapters.factors(job.name)
     assert absolute_difference(weights, peft_parameters(twin)) < WEIGHT_ATOL
     # Relative to each factor's largest weight (about 0.05 to 0.3 here) the same bound is 1e-3 at worst.
     assert relative_difference(weights, peft_parameters(twin)) < 1e-3
@@ -112,12 +112,12 @@ def test_jobs_that_join_leave_and_pause_do_not_disturb_each_other() -> None:
             if stays.num_steps == 3 and not joined:
                 joined.append(start(engine, "joins", SOME, late, LONG))
                 seen[joined[0]] = watch(engine, joined[0])
-                engine.set_job_status(stays, JobStatus.PAUSED)
+                engine.jobs.set_status(stays, JobStatus.PAUSED)
             if joined and joined[0].num_steps == 2 and leaves.status is JobStatus.RUNNING:
-                engine.set_job_status(leaves, JobStatus.CANCELLED)
+                engine.jobs.set_status(leaves, JobStatus.CANCELLED)
             if stays.status is JobStatus.PAUSED and joined[0].num_steps == 5:
                 assert stays.num_steps <= 4  # the step that was under way was finished, no more
-                engine.set_job_status(stays, JobStatus.RUNNING)
+                engine.jobs.set_status(stays, JobStatus.RUNNING)
 
         run(engine, script)
         traffic.check()
@@ -156,7 +156,7 @@ def one_step_gradients(
     """Gradients of one optimizer step that continues from random weights, with `inference` requests in its forward."""
     engine = make_engine(family, model=model)
     modules = resolve_modules(spec, engine.base.targets)
-    engine.load_adapter("from", spec, modules, random_factors(engine, spec, 11))
+    engine.adapters.load("from", spec, modules, random_factors(engine, spec, 11))
     for number in range(inference):
         ask(engine, "from" if number % 2 else "tiny", range(10 + number, 22 + 2 * number), 8)
     if inference:

@@ -76,7 +76,7 @@ def random_factors(engine: Engine, spec: LoraSpec, seed: int, std: float = 0.05)
 def load_random_adapter(engine: Engine, name: str, spec: LoraSpec, seed: int) -> Factors:
     """Serve random weights as `name`."""
     factors = random_factors(engine, spec, seed)
-    engine.load_adapter(name, spec, resolve_modules(spec, engine.base.targets), factors)
+    engine.adapters.load(name, spec, resolve_modules(spec, engine.base.targets), factors)
     return factors
 
 
@@ -97,7 +97,7 @@ def start(
     engine: Engine, name: str, spec: LoraSpec, config: TrainingConfig, examples: Sequence[Example], **more: Any
 ) -> FinetuneJob:
     """`start_job` without evaluation data and listener."""
-    return engine.start_job(name, spec, config, tuple(examples), more.pop("eval_examples", ()), ignore, **more)
+    return engine.jobs.start(name, spec, config, tuple(examples), more.pop("eval_examples", ()), ignore, **more)
 
 
 @dataclass

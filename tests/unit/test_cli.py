@@ -61,7 +61,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert "Usage" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argv", [("serve", "smollm2-135m", "--port", "1"), ("bench",)])
+@pytest.mark.parametrize("argv", [("serve", "smollm2-135m", "--port", "1")])
 def test_what_is_not_there_yet_says_so(argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(*argv) == 2
     captured = capsys.readouterr()

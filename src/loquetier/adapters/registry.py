@@ -108,8 +108,8 @@ class AdapterRegistry:
             self._retired.remove(version)
             self._free_slot(version.slot)
 
-    def add(self, name: str, slot: int, spec: LoraSpec) -> AdapterVersion:
-        """A new name becomes live.
+    def check_free(self, name: str) -> None:
+        """Whether `add` would take this name.
 
         Raises:
             ConfigError: bad name. AdapterExistsError: the name is taken (also by the base).
@@ -117,6 +117,10 @@ class AdapterRegistry:
         check_name(name)
         if name in self._live or name == self._base.name:
             raise AdapterExistsError(f"{name!r} is already loaded; unload it first, or choose another name")
+
+    def add(self, name: str, slot: int, spec: LoraSpec) -> AdapterVersion:
+        """A new name becomes live. Errors as `check_free`."""
+        self.check_free(name)
         return self.publish(name, slot, spec)
 
     def publish(self, name: str, slot: int, spec: LoraSpec) -> AdapterVersion:

@@ -26,9 +26,12 @@ class KVCache:
         self.page_size = page_size
         self.num_pages = num_pages
         shape = (num_pages + 1, page_size, kv_heads, head_dim)  # + 1: the trash page
-        # zeros, not empty (see `clear`): masked keys are multiplied by zero weights, and 0 * NaN would be NaN.
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        # Uninitialised memory costs a CPU nothing until a page is used. Pages are cleared before their first token
+        # (see `clear`), the trash page is here: masked keys are multiplied by zero weights, and 0 * NaN would be NaN.
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        for layer in (*self.keys, *self.values):
+            layer[TRASH_PAGE].zero_()
 
     def clear(self, layer: int, pages_F: Tensor) -> None:
         """Zero pages before their first token is written: what another sequence left there, NaN say, must not count."""

@@ -117,4 +117,4 @@ class Clients:
         with self._state.lock:
             if self._is_measuring or is_last:
                 self._state.samples.append(Sample(self._state.seconds, stats.tokens_generated, stats.totals.train_rows))
-                self._state.totals = stats.totals
+                self._state.stats = stats

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from loquetier.engine.engine import Totals
-    from loquetier.training.job import StepRecord
+    from loquetier.runtime import RuntimeStats
+from loquetier.training.job import StepRecord
 
 
 @dataclass(slots=True)
@@ -71,7 +71,7 @@ class DemoState:
     held_out: list[tuple[float, float]] = field(default_factory=list)
     """(seconds since the training began, held-out loss) of each evaluation."""
     samples: list[Sample] = field(default_factory=list)
-    totals: Totals | None = None
+    stats: RuntimeStats | None = None
 
     @property
     def seconds(self) -> float:

@@ -74,8 +74,8 @@ def summarize(
     state: DemoState, before: Quality, after: Quality, *, base: str, dtype: str, wall_seconds: float
 ) -> Summary:
     """Put the readings together; the training has ended and made at least one step."""
-    first, last, totals = state.samples[0], state.samples[-1], state.totals
-    assert totals is not None, "sampled at least once"
+    first, last, stats = state.samples[0], state.samples[-1], state.stats
+    assert stats is not None, "sampled at least once"
     seconds = last.seconds - first.seconds
     answers = state.live_answers
     return Summary(
@@ -85,10 +85,10 @@ def summarize(
         training_seconds=seconds,
         generated_tokens_per_second=(last.tokens_generated - first.tokens_generated) / seconds,
         trained_tokens_per_second=(last.train_rows - first.train_rows) / seconds,
-        engine_steps=totals.steps,
-        mixed_steps=totals.mixed_steps,
-        publishes=totals.publishes,
-        publish_ms_mean=totals.publish_seconds / totals.publishes * 1000 if totals.publishes else None,
+        engine_steps=stats.totals.steps,
+        mixed_steps=stats.totals.mixed_steps,
+        publishes=stats.publishes,
+        publish_ms_mean=stats.publish_seconds / stats.publishes * 1000 if stats.publishes else None,
         streams={
             s.model: StreamSummary(answered=s.answered, tokens=s.num_tokens, tokens_per_second=s.num_tokens / s.seconds)
             for s in state.streams

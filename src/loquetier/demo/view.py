@@ -88,7 +88,7 @@ def plain_line(state: DemoState) -> str:
     return (
         f"[{state.seconds:4.0f} s] step {len(state.steps)}/{state.total_steps} {loss} | "
         f"tokens/s {_last(served):.0f} generated, {_last(trained):.0f} trained | "
-        f"mixed steps {state.totals.mixed_steps if state.totals else 0} | answered: {counts}"
+        f"mixed steps {state.stats.totals.mixed_steps if state.stats else 0} | answered: {counts}"
         + (f" | {live.version}: {live.text!r}" if live else "")
     )
 
@@ -164,9 +164,10 @@ def _engine_panel(state: DemoState) -> Panel:
     table.add_column(justify="right")
     table.add_row("tokens/s generated", f"{_last(served):.1f}")
     table.add_row("tokens/s trained", f"{_last(trained):.1f}")
-    totals = state.totals
-    if totals is not None:
-        publish = totals.publish_seconds / totals.publishes * 1000 if totals.publishes else None
+    stats = state.stats
+    if stats is not None:
+        totals = stats.totals
+        publish = stats.publish_seconds / stats.publishes * 1000 if stats.publishes else None
         table.add_row("steps", f"{totals.steps}")
         table.add_row("  forward of both kinds", f"[bold]{totals.mixed_steps}")
         table.add_row("rows: decode", f"{totals.decode_rows}")

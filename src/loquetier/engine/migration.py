@@ -36,13 +36,13 @@ def detach(engine: Engine, name: str) -> AdapterImage:
         AdapterNotFoundError: neither served nor in training. AdapterInUseError: its job has rows between forward and
         backward, or an evaluation running; pause it and try again after the next steps. Nothing changed.
     """
-    job = engine.job_of(name)
+    job = engine.jobs.find(name)
     is_served = name in engine.registry.names
     if job is None and not is_served:
         raise AdapterNotFoundError(f"no adapter {name[:140]!r} is loaded or in training")
     if job is not None and (job.has_open_rows or job.evaluation is not None):
         raise AdapterInUseError(f"job {name!r} is in the middle of a step; pause it and wait for the step's end")
-    factors = engine.adapter_factors(name)[2] if is_served else None
+    factors = engine.adapters.factors(name)[2] if is_served else None
     spec = engine.registry.resolve(name).spec if is_served else None
     image = AdapterImage(
         name=name,
@@ -52,9 +52,9 @@ def detach(engine: Engine, name: str) -> AdapterImage:
         job=job.image() if job else None,
     )
     if is_served:
-        engine.unload_adapter(name)
+        engine.adapters.unload(name)
     if job is not None:
-        engine.set_job_status(job, JobStatus.DETACHED)
+        engine.jobs.set_status(job, JobStatus.DETACHED)
     return image
 
 
@@ -69,13 +69,15 @@ def attach(engine: Engine, image: AdapterImage, listener: JobListener) -> Finetu
             f"adapter {image.name!r} was detached from another base (fingerprint {image.base_fingerprint[:12]}...) "
             f"than {engine.base.name!r} ({engine.base.fingerprint[:12]}...); attach it to a runtime of the same base"
         )
-    job = engine.restore_job(image.job, listener) if image.job else None
     if image.factors is not None:
         modules = resolve_modules(image.spec, engine.base.targets)
-        try:
-            engine.load_adapter(image.name, image.spec, modules, image.factors)
-        except Exception:
-            if job is not None:
-                engine.set_job_status(job, JobStatus.DETACHED)
-            raise
-    return job
+        engine.adapters.load(image.name, image.spec, modules, image.factors)
+    if image.job is None:
+        return None
+    try:
+        job: FinetuneJob = engine.jobs.restore(image.job, listener)
+        return job
+    except Exception:
+        if image.factors is not None:
+            engine.adapters.unload(image.name)
+        raise

@@ -1,0 +1,240 @@
+"""The life of jobs and evaluations: start, pause, publish, evaluate, end. Engine thread only.
+
+`Trainer` runs their rows; this decides what a finished optimizer step or evaluation means.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import count
+
+from loquetier.adapters.arena import num_elements
+from loquetier.adapters.init import initialize_slot
+from loquetier.adapters.registry import AdapterRegistry, check_name
+from loquetier.adapters.spec import LoraSpec, ModulePlan, resolve_modules
+from loquetier.config import TrainingConfig
+from loquetier.engine.rows import TrainItem
+from loquetier.engine.trainer import JobListener, Trainer
+from loquetier.errors import ConfigError, LoquetierError, OutOfAdapterMemoryError
+from loquetier.training.data import Example, check_examples
+from loquetier.training.job import EvalResult, EvalTask, FinetuneJob, JobImage, JobStatus, StepRecord
+from loquetier.training.optimizer import AdapterOptimizer
+
+
+@dataclass(slots=True)
+class Jobs:
+    """Every job and evaluation of an engine, and who is told about them."""
+
+    trainer: Trainer
+    registry: AdapterRegistry
+    publishes: int = 0
+    publish_seconds: float = 0.0
+    """Time spent publishing, over all publishes."""
+    _ids: count[int] = field(default_factory=lambda: count(1))
+    _listeners: dict[int, JobListener] = field(default_factory=dict)
+
+    def after_backward(self) -> None:
+        """Hand out finished evaluations; step, publish and end the jobs whose accumulation is complete."""
+        for task, done in self.trainer.finished_evaluations():
+            done(task.sums.result())
+        for job, outcome in self.trainer.optimize():
+            if isinstance(outcome, LoquetierError):
+                self._end(job, JobStatus.FAILED, outcome)
+                continue
+            self._after_optimizer_step(job, outcome)
+        self._release()
+
+    def _after_optimizer_step(self, job: FinetuneJob, record: StepRecord) -> None:
+        if job.is_published_now:
+            try:
+                self._publish(job)
+            except OutOfAdapterMemoryError as error:  # the old version keeps serving; only this job ends
+                self._end(job, JobStatus.FAILED, error)
+                return
+        self._listeners[job.job_id](job, record)
+        if job.is_eval_due:
+            self._evaluate_in_training(job)
+        elif job.num_steps == job.total_steps:
+            self._end(job, JobStatus.SUCCEEDED)
+
+    def fail(self, plan_items: Iterable[TrainItem], error: LoquetierError) -> None:
+        """A step broke: end the jobs and evaluations that took part in it or have rows on the open tape."""
+        tape = self.trainer.tape
+        self.trainer.tape = None
+        ids = {item.job_id for item in (*plan_items, *(tape.items if tape else ()))}
+        for job in self.trainer.jobs.values():
+            if job.job_id in ids and not job.status.is_final:
+                self._end(job, JobStatus.FAILED, error)
+        for task_id in ids & self.trainer.evaluations.keys():
+            self.trainer.evaluations.pop(task_id)[1](error)
+        self._release()
+
+    def close(self, error: LoquetierError) -> None:
+        """End everything with `error`."""
+        everything = [TrainItem(i, 0, 0, -1) for i in (*self.trainer.jobs, *self.trainer.evaluations)]
+        self.fail(everything, error)
+
+    def start(
+        self,
+        name: str,
+        spec: LoraSpec,
+        config: TrainingConfig,
+        examples: tuple[Example, ...],
+        eval_examples: tuple[Example, ...],
+        listener: JobListener,
+        start_from: str | None = None,
+    ) -> FinetuneJob:
+        """Begin training; the job's rows join the very next step.
+
+        Args:
+            name: the name that its published versions answer under; an adapter of this name is replaced by the first.
+            start_from: continue from this served version's weights instead of fresh ones; its spec must have the
+                same modules and ranks.
+
+        Raises:
+            AdapterMismatchError, AdapterNotFoundError, ConfigError, DataError, OutOfAdapterMemoryError: nothing has
+                changed.
+        """
+        self._check_trainable(name)
+        check_examples(examples, self.trainer.base.vocab_size)
+        if eval_examples:
+            check_examples(eval_examples, self.trainer.base.vocab_size)
+        modules = resolve_modules(spec, self.trainer.base.targets)
+        source = self._same_layout(start_from, modules) if start_from is not None else None
+        slot = self._allocate_for_training(modules)
+        if source is not None:
+            self.trainer.arena.flat(slot).copy_(self.trainer.arena.flat(source))
+        else:
+            initialize_slot(self.trainer.arena.factors[slot], modules, config.seed)
+        optimizer = AdapterOptimizer(self.trainer.arena.flat(slot), modules, config)
+        job = FinetuneJob(next(self._ids), name, spec, config, examples, eval_examples, slot, optimizer)
+        return self._enter(job, listener)
+
+    def _enter(self, job: FinetuneJob, listener: JobListener) -> FinetuneJob:
+        self.trainer.jobs[job.job_id] = job
+        self._listeners[job.job_id] = listener
+        return job
+
+    def restore(self, image: JobImage, listener: JobListener) -> FinetuneJob:
+        """Go on with a job that was taken out of another engine of the same base. Errors as `start`."""
+        self._check_trainable(image.name)
+        modules = resolve_modules(image.spec, self.trainer.base.targets)
+        slot = self._allocate_for_training(modules)
+        optimizer = AdapterOptimizer(self.trainer.arena.flat(slot), modules, image.config)
+        job = FinetuneJob(
+            next(self._ids),
+            image.name,
+            image.spec,
+            image.config,
+            image.examples,
+            image.eval_examples,
+            slot,
+            optimizer,
+        )
+        job.restore(image)
+        return self._enter(job, listener)
+
+    def _allocate_for_training(self, modules: tuple[ModulePlan, ...]) -> int:
+        """A slot to train in, if there is room for the first publish beside it."""
+        arena = self.trainer.arena
+        slot = arena.allocate(modules)
+        if arena.free_bytes < arena.slot_bytes(slot):
+            needed, free = 2 * arena.slot_bytes(slot), arena.free_bytes + arena.slot_bytes(slot)
+            arena.free(slot)
+            raise OutOfAdapterMemoryError(
+                f"training needs {needed} bytes, one slot to train in and one to publish to; the arena has {free} of "
+                f"{arena.total_bytes} bytes free. Unload an adapter or raise adapter_memory."
+            )
+        return slot
+
+    def _check_trainable(self, name: str) -> None:
+        check_name(name)
+        if name == self.trainer.base.name:
+            raise ConfigError(f"{name!r} is the base's name; choose another for the adapter")
+        if self.find(name) is not None:
+            raise ConfigError(f"a job is already training {name!r}; cancel it first, or choose another name")
+
+    def find(self, name: str) -> FinetuneJob | None:
+        """The job that trains `name` and has not ended, if any."""
+        return next((j for j in self.trainer.jobs.values() if j.name == name and not j.status.is_final), None)
+
+    def _same_layout(self, model: str, modules: tuple[ModulePlan, ...]) -> int:
+        slot = self.registry.resolve(model).slot
+        held = self.trainer.arena.modules(slot) if slot >= 0 else ()
+        if held != modules:
+            raise ConfigError(
+                f"start_from={model!r}: its modules, ranks or scales ({len(held)} modules, {num_elements(held)} "
+                f"weights) differ from the job's ({len(modules)} modules, {num_elements(modules)} weights); "
+                "use the same LoraSpec"
+            )
+        return slot
+
+    def set_status(self, job: FinetuneJob, status: JobStatus) -> None:
+        """Pause, resume, cancel or detach; takes effect with the next step. Raises JobStateError."""
+        if status.is_final:
+            self._end(job, status)
+            self._release()
+        else:
+            job.move(status)
+            self._listeners[job.job_id](job, None)
+
+    def evaluate(
+        self, model: str, examples: tuple[Example, ...], done: Callable[[EvalResult | LoquetierError], None]
+    ) -> None:
+        """Run examples as EVAL rows on a served model; `done` gets the means.
+
+        Raises:
+            AdapterNotFoundError, DataError: nothing changed.
+        """
+        check_examples(examples, self.trainer.base.vocab_size)
+        version = self.registry.acquire(model)
+
+        def finish(result: EvalResult | LoquetierError) -> None:
+            self.registry.release(version)
+            done(result)
+
+        task = EvalTask(next(self._ids), version.slot, examples)
+        self.trainer.evaluations[task.task_id] = (task, finish)
+
+    def _evaluate_in_training(self, job: FinetuneJob) -> None:
+        """Evaluate the weights in training; the job's next step waits for it."""
+        task = EvalTask(next(self._ids), job.slot, job.eval_examples)
+        job.evaluation = task
+
+        def finish(result: EvalResult | LoquetierError) -> None:
+            job.evaluation = None
+            if job.status.is_final:
+                return
+            if isinstance(result, LoquetierError):
+                self._end(job, JobStatus.FAILED, result)
+                return
+            job.attach_evaluation(result)
+            self._listeners[job.job_id](job, job.history[-1])
+            if job.num_steps == job.total_steps:
+                self._end(job, JobStatus.SUCCEEDED)
+
+        self.trainer.evaluations[task.task_id] = (task, finish)
+
+    def _publish(self, job: FinetuneJob) -> None:
+        """The weights in training become a new served version: one copy between two steps, then the name moves."""
+        started = time.perf_counter()
+        slot = self.trainer.arena.allocate(self.trainer.arena.modules(job.slot), zeroed=False)
+        self.trainer.arena.flat(slot).copy_(self.trainer.arena.flat(job.slot))
+        self.registry.publish(job.name, slot, job.spec)
+        self.publishes += 1
+        self.publish_seconds += time.perf_counter() - started
+
+    def _end(self, job: FinetuneJob, status: JobStatus, error: LoquetierError | None = None) -> None:
+        job.move(status)
+        job.error = error
+        self._listeners[job.job_id](job, None)
+
+    def _release(self) -> None:
+        """Give back the slots of ended jobs that no open tape and no evaluation still reads."""
+        in_tape = {item.job_id for item in self.trainer.tape.items} if self.trainer.tape else set()
+        for job in [j for j in self.trainer.jobs.values() if j.status.is_final]:
+            if job.job_id not in in_tape and job.evaluation is None:
+                del self.trainer.jobs[job.job_id], self._listeners[job.job_id]
+                self.trainer.arena.free(job.slot)
