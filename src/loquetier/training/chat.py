@@ -39,14 +39,38 @@ def render_chat(
     Raises:
         ConfigError: the template refuses the messages, or text that cannot be encoded.
     """
-    shown = [{k: v for k, v in m.items() if k != "weight"} for m in messages]
+    renderer = chat_renderer(tokenizer, messages, tools)
+    return renderer.ids(renderer.text(messages, add_generation_prompt))
+
+
+@dataclass(frozen=True)
+class ChatRenderer:
+    """Renders a conversation and its beginnings to texts that can be compared and cut, and those to token ids."""
+
+    tokenizer: Any
+    guard: SpecialText | None
+    """Set if the conversation spells a special token: texts then hold masks."""
+    tools: Any
+
+    def text(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+        """The template's text. Raises ConfigError with the template's own reason."""
+        shown = [{k: v for k, v in m.items() if k != "weight"} for m in messages]
+        if self.guard is None:
+            return render_text(self.tokenizer, shown, add_generation_prompt, self.tools)
+        tools = self.guard.mask(self.tools)
+        return render_text(self.tokenizer, self.guard.mask(shown), add_generation_prompt, tools)
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of what `text` returned, or of a part. Raises ConfigError for a lone surrogate."""
+        if self.guard is None:
+            return tokenize(self.tokenizer, text, add_special_tokens=False)
+        return self.guard.encode(text)
+
+
+def chat_renderer(tokenizer: Any, messages: Any, tools: Any = None) -> ChatRenderer:
+    """A renderer for `messages` and what begins like them; guarded only where a special token is spelled."""
     guard = special_text(tokenizer)
-    if not guard.occurs_in((shown, tools)):
-        return tokenize(
-            tokenizer, render_text(tokenizer, shown, add_generation_prompt, tools), add_special_tokens=False
-        )
-    masked, masked_tools = guard.mask(shown), guard.mask(tools)
-    return guard.encode(render_text(tokenizer, masked, add_generation_prompt, masked_tools))
+    return ChatRenderer(tokenizer, guard if guard.occurs_in((messages, tools)) else None, tools)
 
 
 def render_text(tokenizer: Any, messages: Any, add_generation_prompt: bool, tools: Any = None) -> str:

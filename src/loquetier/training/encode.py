@@ -1,7 +1,6 @@
 """From a record to tokens and labels.
 
-Loss masks of chats are made through the chat template: a conversation is rendered up to each answer and through it,
-and both must be a prefix of the whole, token for token. An answer's labels are its text and the template's end marker.
+Plain text means what it means in TRL; chats are labelled through the chat template, in `chat_labels`.
 """
 
 from __future__ import annotations
@@ -11,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from loquetier.errors import ConfigError, DataError
-from loquetier.training.chat import render_chat, render_text, special_text, tokenize
+from loquetier.training.chat import tokenize
+from loquetier.training.chat_labels import encode_chat
 from loquetier.training.example import IGNORE, Example
 from loquetier.training.formats import Form, Pair, Text, TokenIds, format_name, normalize
-from loquetier.training.messages import Chat, Place
+from loquetier.training.messages import Chat
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def encode_form(form: Form, tokenizer: Any, max_len: int, number: int) -> Encode
 
 def _encode(form: Form, tokenizer: Any, max_len: int, number: int) -> tuple[list[int], list[bool], int]:
     if isinstance(form, Chat):
-        return _encode_chat(form, tokenizer, max_len, number)
+        return encode_chat(form, tokenizer, max_len, number)
     if isinstance(form, Pair):
         tokens, learn = _encode_pair(form, tokenizer)
     elif isinstance(form, Text):
@@ -119,69 +119,3 @@ def _end(tokenizer: Any, tokens: list[int]) -> list[int]:
     """`tokens` with the end token, once."""
     eos = tokenizer.eos_token_id
     return tokens if eos is None or tokens[-1:] == [eos] else [*tokens, int(eos)]
-
-
-def _encode_chat(chat: Chat, tokenizer: Any, max_len: int, number: int) -> tuple[list[int], list[bool], int]:
-    """What comes after the last label is dropped: it would cost rows and teach nothing."""
-    if tokenizer.chat_template is None:
-        raise DataError(
-            f"Example {number}: chat messages, but the base's tokenizer has no chat template; use 'text', or 'prompt' "
-            "and 'completion'"
-        )
-    last = max(i for i, message in enumerate(chat.messages) if message["role"] == "assistant")
-    messages = chat.messages[: last + 1]
-    _check_calls_are_shown(chat, tokenizer, number)
-    whole = render_chat(tokenizer, messages, add_generation_prompt=False, tools=chat.tools)
-    learn = [False] * len(whole)
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        # Every answer is checked, also one of weight 0: a later render that changes it would move what follows.
-        before = render_chat(tokenizer, messages[:i], add_generation_prompt=True, tools=chat.tools)
-        after = whole
-        if i != last:
-            after = render_chat(tokenizer, messages[: i + 1], add_generation_prompt=False, tools=chat.tools)
-        if after[: len(before)] != before or whole[: len(after)] != after:
-            raise Place(number, i + 1).error(
-                "the chat template is not prefix-stable (rendering one more message changes earlier tokens), so "
-                "labels cannot be placed; use 'prompt' and 'completion'"
-            )
-        if chat.learn[i]:
-            end = _answer_end(tokenizer, after, len(before))
-            learn[len(before) : end] = [True] * (end - len(before))
-        if len(after) >= max_len:
-            break  # the rest is cut off, and each answer costs two renders of all that is before it
-    return whole, learn, len(whole)
-
-
-def _answer_end(tokenizer: Any, tokens: list[int], start: int) -> int:
-    """Where the labels of the answer ``tokens[start:]`` end: after its end marker.
-
-    Some templates put a line break behind the marker. Generation stops at the marker, so that nothing would ever
-    produce the break: learning it is wasted.
-    """
-    special = special_text(tokenizer).ids
-    for at in range(len(tokens) - 1, start, -1):
-        if tokens[at] in special:
-            is_blank = not tokenizer.decode(tokens[at + 1 :]).strip()
-            return at + 1 if is_blank else len(tokens)
-    return len(tokens)
-
-
-def _check_calls_are_shown(chat: Chat, tokenizer: Any, number: int) -> None:
-    if not chat.has_tool_calls:
-        return
-    bare = [{k: v for k, v in m.items() if k != "tool_calls"} for m in chat.messages]
-    if render_text(tokenizer, list(chat.messages), False, chat.tools) == render_text(
-        tokenizer, bare, False, chat.tools
-    ):
-        raise DataError(
-            f"Example {number} has tool_calls, but the base's chat template does not show them: the model would learn "
-            "an empty answer; write the call into 'content'"
-        )
-
-
-def tools_are_shown(chat: Chat, tokenizer: Any) -> bool:
-    """Whether the chat template makes anything of the tools of `chat`."""
-    messages = list(chat.messages)
-    return render_text(tokenizer, messages, False, chat.tools) != render_text(tokenizer, messages, False)

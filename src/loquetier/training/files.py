@@ -70,7 +70,7 @@ def iter_records(path: Path, limits: FileLimits | None = None) -> Iterator[Recor
     if text.startswith(b"[") and not _is_list_per_line(text):
         yield from _array(path, read_chunks(path, container, limits), limits)
     elif not text.startswith(b"{") and is_csv_header(text):
-        for line, value, error in iter_csv(_decoded(lines), limits):
+        for line, value, error in iter_csv(_decoded(path, lines), limits):
             yield Record(line, value, error)
     else:
         yield from (_parse_line(line, raw, offset) for line, raw, offset in lines if raw.strip())
@@ -137,12 +137,12 @@ def _is_list_per_line(text: bytes) -> bool:
         return False
 
 
-def _decoded(lines: _Lines) -> Iterator[str]:
+def _decoded(path: Path, lines: _Lines) -> Iterator[str]:
     for number, raw, offset in lines:
         text, error = _decode(raw, offset)
         if error is not None:
             # A quoted field may run over lines: there is no telling where the next row begins.
-            raise DataError(f"line {number}: {error}")
+            raise DataError(f"{path}, line {number}: {error}")
         yield text
 
 

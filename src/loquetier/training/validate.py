@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loquetier.errors import ConfigError, DataError
+from loquetier.training.chat_labels import tools_are_shown
 from loquetier.training.containers import FileLimits, detect_container
-from loquetier.training.encode import Encoded, check_same_format, encode_form, nothing_to_learn, tools_are_shown
+from loquetier.training.encode import Encoded, check_same_format, encode_form, nothing_to_learn
 from loquetier.training.example import Example
 from loquetier.training.files import Record, iter_records
 from loquetier.training.formats import Form, format_name, normalize, unused_keys
