@@ -83,6 +83,8 @@ class _Split:
 
     def tokens_before(self, border: int, at: Place) -> int:
         """How many ids lie before the character `border`. Raises DataError where the text cannot be split."""
+        if border == len(self._text):
+            return len(self.tokens)
         before = self._renderer.ids(self._text[self._start : border])
         if self._tail[: len(before)] != before:
             rest = self._renderer.ids(self._text[border:])
