@@ -282,6 +282,17 @@ def test_a_file_over_the_limit(write: Any) -> None:
         read_records(write(parquet([{"text": "a" * 100}] * 100)), FileLimits(max_bytes=500))
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"{}\n" * 11, b"\n" * 11, json.dumps([{}] * 11).encode(), b"text\n" + b"a\n" * 11, parquet([{"x": None}] * 11)],
+    ids=["jsonl", "blank", "array", "csv", "nulls in parquet"],
+)
+def test_too_many_lines(content: bytes, write: Any) -> None:
+    """Rows that weigh nothing in the file, as nulls in parquet, still cost memory each."""
+    with pytest.raises(DataError, match="more than 10 lines"):
+        read_records(write(content), FileLimits(max_lines=10))
+
+
 @pytest.mark.parametrize("kind", ["gzip", "zstd"])
 def test_a_bomb_is_stopped_early(kind: str, write: Any) -> None:
     """1 GiB of zeros in 1 MiB (gzip) or 32 KiB (zstd): stopped when the ratio rule begins, 64 MiB in."""

@@ -35,7 +35,9 @@ class FileLimits:
     """Decompressed per compressed bytes, once 64 MiB are out. Text seldom passes 20; a bomb has 1000."""
     max_line_bytes: int = 16 << 20
     """Bytes of one line, CSV field or table row."""
-    max_document_bytes: int = 256 << 20
+    max_lines: int = 10_000_000
+    """Lines (blank ones too), table rows or array elements: even an empty record costs memory and time."""
+    max_document_bytes: int = 128 << 20
     """Bytes of a JSON array, which is held as a whole; JSON lines are not."""
 
 

@@ -59,6 +59,12 @@ def iter_records(path: Path, limits: FileLimits | None = None) -> Iterator[Recor
         DataError: nothing more can be read: not a file, damaged, not UTF-8 at all, or over a limit.
     """
     limits = limits or FileLimits()
+    for record in _records(path, limits):
+        _check_count(path, record.line, limits)
+        yield record
+
+
+def _records(path: Path, limits: FileLimits) -> Iterator[Record]:
     container = detect_container(path)
     if container == "parquet":
         yield from (Record(line, value) for line, value in enumerate(iter_parquet(path, limits), 1))
@@ -73,7 +79,16 @@ def iter_records(path: Path, limits: FileLimits | None = None) -> Iterator[Recor
         for line, value, error in iter_csv(_decoded(path, lines), limits):
             yield Record(line, value, error)
     else:
-        yield from (_parse_line(line, raw, offset) for line, raw, offset in lines if raw.strip())
+        for line, raw, offset in lines:
+            if raw.strip():
+                yield _parse_line(line, raw, offset)
+            else:
+                _check_count(path, line, limits)
+
+
+def _check_count(path: Path, line: int, limits: FileLimits) -> None:
+    if line > limits.max_lines:
+        raise DataError(f"{path} has more than {limits.max_lines} lines, the limit; split the file")
 
 
 class _Lines:
