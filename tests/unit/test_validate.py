@@ -154,6 +154,16 @@ def test_a_template_that_ignores_tools(tokenizer: Any) -> None:
     assert validate(records, shows, FAR).problems == ()
 
 
+@pytest.mark.real
+def test_a_token_across_the_border_of_prompt_and_completion() -> None:
+    """TRL warns of it too: "ab" is one token, so that its tokens beyond the prompt's one are none."""
+    from loquetier.base.loading import load_tokenizer
+
+    records = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": " b"}]
+    report = validate(records, load_tokenizer("smollm2-135m"), FAR)
+    assert [line for line, message in messages(report, "warning") if "lies across" in message] == [1]
+
+
 def test_what_ends_the_reading_is_a_problem(tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(map(json.dumps, [*many(12), chat("u" * 2000, "a"), *many(1)])))

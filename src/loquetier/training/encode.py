@@ -115,6 +115,13 @@ def _encode_pair(pair: Pair, tokenizer: Any) -> tuple[list[int], list[bool]]:
     return [*head, *answer], [False] * len(head) + [True] * len(answer)
 
 
+def shares_a_token(pair: Pair, tokenizer: Any) -> bool:
+    """Whether a token straddles the border of prompt and completion: by TRL's rule its part of the text is lost."""
+    head = tokenize(tokenizer, pair.prompt, add_special_tokens=True)
+    whole = tokenize(tokenizer, pair.prompt + pair.completion, add_special_tokens=True)
+    return whole[: len(head)] != head
+
+
 def _end(tokenizer: Any, tokens: list[int]) -> list[int]:
     """`tokens` with the end token, once."""
     eos = tokenizer.eos_token_id

@@ -15,10 +15,10 @@ from typing import Any, Literal
 from loquetier.errors import ConfigError, DataError
 from loquetier.training.chat_labels import tools_are_shown
 from loquetier.training.containers import FileLimits, detect_container
-from loquetier.training.encode import Encoded, check_same_format, encode_form, nothing_to_learn
+from loquetier.training.encode import Encoded, check_same_format, encode_form, nothing_to_learn, shares_a_token
 from loquetier.training.example import Example
 from loquetier.training.files import Record, iter_records
-from loquetier.training.formats import Form, format_name, normalize, unused_keys
+from loquetier.training.formats import Form, Pair, format_name, normalize, unused_keys
 from loquetier.training.messages import Chat
 
 Level = Literal["error", "warning"]
@@ -181,6 +181,11 @@ class _Check:
             self._report_once(line, f"keys {list(unused)} are not used in training")
         if isinstance(form, Chat) and form.tools and not tools_are_shown(form, self.tokenizer):
             self._report_once(line, "the base's chat template ignores 'tools'")
+        if isinstance(form, Pair) and shares_a_token(form, self.tokenizer):
+            text = "a token lies across the end of 'prompt' and the start of 'completion', and the text in it is lost"
+            self.report(
+                line, "warning", f"Example {self.num_examples}: {text}; begin 'completion' with a space or line"
+            )
 
     def _measure(self, line: int, encoded: Encoded) -> None:
         example, number = encoded.example, self.num_examples
