@@ -144,7 +144,7 @@ def _stream(runtime: Runtime, prompt: str, chat: bool, model: str | None, params
 
 @app.command()
 def finetune(
-    data: Annotated[Path, typer.Argument(metavar="DATA.jsonl", help="One example a line: messages, prompt, or text.")],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="Examples: JSON lines, .json, .csv or .parquet.")],
     name: Annotated[str, typer.Option(help="The adapter's name.")],
     out: Annotated[Path, typer.Option(help="New directory for the adapter (PEFT format).")],
     base: BaseOption = "smollm2-135m",
@@ -166,12 +166,12 @@ def finetune(
     max_grad_norm: Annotated[float, typer.Option(help="Clip the gradient; 0 = never.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Weights and data order.")] = 0,
     shuffle: Annotated[bool, typer.Option("--shuffle/--no-shuffle", help="A new order each epoch.")] = True,
-    eval_data: Annotated[Path | None, typer.Option(help="Held-out .jsonl file.")] = None,
+    eval_data: Annotated[Path | None, typer.Option(help="Held-out file, same forms.")] = None,
     eval_every: Annotated[int, typer.Option(help="Steps between evaluations; 0 = only at the end.")] = 0,
     start_from: Annotated[Path | None, typer.Option(help="Continue from this PEFT directory.")] = None,
     dtype: DTypeOption = "auto",
 ) -> None:
-    """Train an adapter on a .jsonl file and write it as a PEFT directory. Ctrl-C keeps what is trained so far."""
+    """Train an adapter on a file and write it as a PEFT directory. Ctrl-C keeps what is trained so far."""
     from loquetier.config import TrainingConfig
 
     spec = _lora_spec(r, alpha, target_modules, use_rslora, start_from)
@@ -221,7 +221,7 @@ def _check_before_training(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
     """Read the data and make sure that the result can be written: nothing may fail after an hour of training."""
     from loquetier.adapters.registry import check_name
-    from loquetier.training.files import read_jsonl
+    from loquetier.training.files import read_records
 
     check_name(name)
     if eval_every and eval_data is None:
@@ -231,7 +231,7 @@ def _check_before_training(
     place = next(parent for parent in out.absolute().parents if parent.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise ConfigError(f"--out {str(out)!r} cannot be written: {str(place)!r} is not a writable directory")
-    return read_jsonl(data), None if eval_data is None else read_jsonl(eval_data)
+    return read_records(data), None if eval_data is None else read_records(eval_data)
 
 
 def _load_start(runtime: Runtime, name: str, directory: Path) -> tuple[str, LoraSpec]:

@@ -107,15 +107,15 @@ class FinetuneHandle:
 
     def pause(self) -> None:
         """Stop after what is in the current step; the optimizer's state is kept. Raises JobStateError."""
-        self._loop.call(lambda: self._engine.set_job_status(self.job, JobStatus.PAUSED))
+        self._loop.call(lambda: self._engine.jobs.set_status(self.job, JobStatus.PAUSED))
 
     def resume(self) -> None:
         """Go on where `pause` stopped. Raises JobStateError."""
-        self._loop.call(lambda: self._engine.set_job_status(self.job, JobStatus.RUNNING))
+        self._loop.call(lambda: self._engine.jobs.set_status(self.job, JobStatus.RUNNING))
 
     def cancel(self) -> None:
         """End within one step; versions published so far keep answering. Raises JobStateError."""
-        self._loop.call(lambda: self._engine.set_job_status(self.job, JobStatus.CANCELLED))
+        self._loop.call(lambda: self._engine.jobs.set_status(self.job, JobStatus.CANCELLED))
 
     def wait(self, timeout: float | None = None) -> tuple[StepRecord, ...]:
         """Wait for the end and return the history.

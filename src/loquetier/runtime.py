@@ -32,7 +32,7 @@ from loquetier.training.job import EvalResult
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Text, token ids, or chat messages (rendered through the model's own template)."""
 Data = str | os.PathLike[str] | Sequence[Mapping[str, Any]]
-"""Records, or a path to a .jsonl file of them; see `training.data.encode_example` for the forms."""
+"""Records, or the path of a file of them: JSON lines, .json, .csv or .parquet, also compressed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,7 +318,7 @@ class Runtime:
         From its first publish on it answers as `name`. An adapter already served as `name` keeps answering until then.
 
         Args:
-            data, eval_data: records, or a .jsonl path.
+            data, eval_data: records, or the path of a file of them.
             start_from: continue from a served adapter (same LoraSpec) instead of fresh weights.
             callbacks: called with each `JobEvent` on a thread of their own; what they raise cannot fail the job.
 
@@ -386,6 +386,6 @@ class Runtime:
 def _records(data: Data) -> Sequence[Mapping[str, Any]]:
     if not isinstance(data, (str, os.PathLike)):
         return data
-    from loquetier.training.files import read_jsonl
+    from loquetier.training.files import read_records
 
-    return read_jsonl(Path(data))
+    return read_records(Path(data))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tests.tiny import save_tiny
 
+from loquetier.bench.report import insert, markdown
 from loquetier.bench.run import run, save, summarize
 from loquetier.bench.view import table
 from loquetier.bench.workload import Workload
@@ -55,3 +56,10 @@ def test_a_tiny_round(tmp_path: Path, with_peer: bool) -> None:
     assert table(result).row_count == 5
     save(result, tmp_path / "out" / "core.json")
     assert json.loads((tmp_path / "out" / "core.json").read_text())["workload"]["rank"] == 2
+
+
+def test_the_readme_shows_the_committed_result() -> None:
+    root = Path(__file__).parents[2]
+    page = (root / "README.md").read_text(encoding="utf-8")
+    result = json.loads((root / "docs" / "benchmarks" / "core-cpu.json").read_text(encoding="utf-8"))
+    assert insert(page, markdown(result)) == page, "run python -m loquetier.bench.report"

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from loquetier.errors import DataError
 from loquetier.training.containers import FileLimits, detect_container, read_chunks
-from loquetier.training.files import iter_records, read_jsonl, read_records
+from loquetier.training.files import iter_records, read_records
 
 MIB = 1 << 20
 RECORDS = [{"prompt": "héllo", "completion": "wörld"}, {"prompt": 'a,"b"\nc', "completion": ""}]
@@ -110,7 +110,7 @@ def test_members_of_gzip_and_frames_of_zstd_may_follow_each_other(write: Any) ->
 
 
 def test_the_older_name_reads_all_containers(write: Any) -> None:
-    assert read_jsonl(write(gzip.compress(jsonl(RECORDS)))) == RECORDS
+    assert read_records(write(gzip.compress(jsonl(RECORDS)))) == RECORDS
 
 
 def test_an_empty_file_has_no_records(write: Any) -> None:

@@ -16,7 +16,7 @@ from loquetier.errors import DataError
 from loquetier.training.containers import FileLimits, detect_container, read_chunks
 from loquetier.training.tables import is_csv_header, iter_csv, iter_parquet
 
-__all__ = ["FileLimits", "Record", "iter_records", "read_jsonl", "read_records"]
+__all__ = ["FileLimits", "Record", "iter_records", "read_records"]
 
 _UTF8_BOM = b"\xef\xbb\xbf"
 _HINT_CHARS = 20
@@ -48,7 +48,6 @@ def read_records(path: Path, limits: FileLimits | None = None) -> list[dict[str,
     return records
 
 
-read_jsonl = read_records
 """The older name."""
 
 
