@@ -21,20 +21,19 @@ def markdown(result: dict[str, Any]) -> str:
         ("fine-tune one adapter", "train_tokens_per_s", "train_ratio"),
     ]
     lines = ["| same work, same threads | Loquetier | PEFT | ratio |", "|---|--:|--:|--:|"]
-    lines += [
-        f"| {label} | {s[key]:.0f} tok/s | {s['peft_' + key]:.0f} tok/s | {s[r]:.2f}x |" for label, key, r in rows
-    ]
+    for label, key, ratio in rows:
+        lines.append(f"| {label} | {s[key]:.0f} tok/s | {s['peft_' + key]:.0f} tok/s | {s[ratio]:.2f}x |")
     lines.append(
-        f"| serve and fine-tune (PEFT: one after the other) | {s['both_seconds']:.1f} s | {s['peft_both_seconds']:.1f} s "
-        f"| {s['both_ratio']:.2f}x |"
+        f"| serve and fine-tune (PEFT: one after the other) | {s['both_seconds']:.1f} s "
+        f"| {s['peft_both_seconds']:.1f} s | {s['both_ratio']:.2f}x |"
     )
     note = (
         f"{result['base']}, {result['dtype']}; {w['num_requests']} requests of {w['new_tokens']} tokens on "
         f"{w['num_adapters']} adapters r={w['rank']} on all linears (base-only requests: "
-        f"{s['serve_base_tokens_per_s']:.0f} tok/s, so adapters cost {100 * s['lora_tax']:.0f} % with today's plain-torch "
-        f"kernels); {w['num_examples']} examples, {w['train_tokens']} tokens without padding. {m['cpu']}, "
-        f"{m['threads']} threads, torch {m['torch']}, commit {result['commit']}, medians of {result['rounds']} interleaved "
-        "rounds; `make bench` repeats it."
+        f"{s['serve_base_tokens_per_s']:.0f} tok/s, so adapters cost {100 * s['lora_tax']:.0f} % with today's "
+        f"plain-torch kernels); {w['num_examples']} examples, {w['train_tokens']} tokens without padding. "
+        f"{m['cpu']}, {m['threads']} threads, torch {m['torch']}, commit {result['commit']}, medians of "
+        f"{result['rounds']} interleaved rounds; `make bench` repeats it."
     )
     return "\n".join([*lines, "", note])
 

@@ -48,9 +48,6 @@ def read_records(path: Path, limits: FileLimits | None = None) -> list[dict[str,
     return records
 
 
-"""The older name."""
-
-
 def iter_records(path: Path, limits: FileLimits | None = None) -> Iterator[Record]:
     """Records one by one, bad ones with their error.
 
