@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -31,6 +32,26 @@ def _few_threads() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(autouse=True)
+def _engines_add_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`check_integrity()` on every engine a test made, whatever helper it came from."""
+    module = sys.modules.get("loquetier.engine.engine")
+    if module is None:
+        yield
+        return
+    made: list[Any] = []
+    original = module.Engine.__init__
+
+    def noted(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        made.append(self)
+
+    monkeypatch.setattr(module.Engine, "__init__", noted)
+    yield
+    for engine in made:
+        engine.check_integrity()
 
 
 @pytest.fixture(autouse=True)

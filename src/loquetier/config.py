@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from loquetier.errors import ConfigError
@@ -23,6 +23,17 @@ def _check(ok: bool, field_name: str, value: object, rule: str) -> None:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _in(value: object, low: float, high: float) -> bool:
+    """A real number in the closed range; False for strings, booleans and NaN."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+
+
+def _check_bools(settings: object, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        _check(isinstance(value, bool), name, value, "must be True or False")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,35 +94,37 @@ class SamplingParams:
                 self.min_tokens,
                 f"must be <= max_tokens ({self.max_tokens})",
             )
-        _check(0 <= self.temperature <= 100, "temperature", self.temperature, "must be in [0, 100]; 0 is greedy")
+        _check(_in(self.temperature, 0, 100), "temperature", self.temperature, "must be in [0, 100]; 0 is greedy")
         _check(
             _is_int(self.top_k) and self.top_k >= -1, "top_k", self.top_k, "must be an integer >= -1; 0 and -1 keep all"
         )
-        _check(0 < self.top_p <= 1, "top_p", self.top_p, "must be in (0, 1]")
-        _check(0 <= self.min_p <= 1, "min_p", self.min_p, "must be in [0, 1]")
+        _check(_in(self.top_p, 0, 1) and self.top_p > 0, "top_p", self.top_p, "must be in (0, 1]")
+        _check(_in(self.min_p, 0, 1), "min_p", self.min_p, "must be in [0, 1]")
         _check(
-            0 < self.repetition_penalty < math.inf,
+            _in(self.repetition_penalty, 0, 1e6) and self.repetition_penalty > 0,
             "repetition_penalty",
             self.repetition_penalty,
-            "must be a finite number > 0",
+            "must be in (0, 1e6]",
         )
-        _check(-2 <= self.presence_penalty <= 2, "presence_penalty", self.presence_penalty, "must be in [-2, 2]")
-        _check(-2 <= self.frequency_penalty <= 2, "frequency_penalty", self.frequency_penalty, "must be in [-2, 2]")
+        _check(_in(self.presence_penalty, -2, 2), "presence_penalty", self.presence_penalty, "must be in [-2, 2]")
+        _check(_in(self.frequency_penalty, -2, 2), "frequency_penalty", self.frequency_penalty, "must be in [-2, 2]")
+        _check(isinstance(self.logit_bias, Mapping), "logit_bias", self.logit_bias, "must map token ids to numbers")
         for token, bias in self.logit_bias.items():
             _check(_is_int(token) and token >= 0, "logit_bias", token, "keys are token ids >= 0")
-            _check(-100 <= bias <= 100, "logit_bias", bias, "values must be in [-100, 100]")
+            _check(_in(bias, -100, 100), "logit_bias", bias, "values must be in [-100, 100]")
         _check(
-            isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop),
+            isinstance(self.stop, (tuple, list)) and all(isinstance(s, str) and s for s in self.stop),
             "stop",
             self.stop,
             "must be a tuple of non-empty strings",
         )
         _check(
-            all(_is_int(t) and t >= 0 for t in self.stop_token_ids),
+            isinstance(self.stop_token_ids, (tuple, list)) and all(_is_int(t) and t >= 0 for t in self.stop_token_ids),
             "stop_token_ids",
             self.stop_token_ids,
-            "must be >= 0",
+            "must be a tuple of token ids >= 0",
         )
+        _check_bools(self, "ignore_eos", "skip_special_tokens")
         _check(_is_int(self.n) and 1 <= self.n <= 128, "n", self.n, "must be an integer in [1, 128]")
         _check(
             self.seed is None or (_is_int(self.seed) and -(2**63) <= self.seed < 2**63),
@@ -160,22 +173,34 @@ class TrainingConfig:
     publish_every: int = 1
     """Steps between two publishes with publish="every_n_steps"."""
     eval_every: int = 0
-    """Optimizer steps between evaluations on the evaluation data; 0 = only what the caller asks for."""
+    """Optimizer steps between evaluations on the evaluation data, if there is any; 0 = one after the last step."""
 
     def __post_init__(self) -> None:
-        _check(0 < self.learning_rate <= 1, "learning_rate", self.learning_rate, "must be in (0, 1]")
+        _check(
+            _in(self.learning_rate, 0, 1) and self.learning_rate > 0,
+            "learning_rate",
+            self.learning_rate,
+            "must be in (0, 1]",
+        )
         _check(
             self.lr_scheduler_type in ("constant", "linear", "cosine"),
             "lr_scheduler_type",
             self.lr_scheduler_type,
             "must be constant, linear or cosine",
         )
-        _check(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "must be in [0, 1]")
-        _check(0 <= self.weight_decay <= 1, "weight_decay", self.weight_decay, "must be in [0, 1]")
-        _check(0 <= self.adam_beta1 < 1, "adam_beta1", self.adam_beta1, "must be in [0, 1)")
-        _check(0 <= self.adam_beta2 < 1, "adam_beta2", self.adam_beta2, "must be in [0, 1)")
-        _check(0 < self.adam_epsilon <= 1, "adam_epsilon", self.adam_epsilon, "must be in (0, 1]")
-        _check(0 <= self.max_grad_norm < math.inf, "max_grad_norm", self.max_grad_norm, "must be >= 0; 0 = no clipping")
+        _check(_in(self.warmup_ratio, 0, 1), "warmup_ratio", self.warmup_ratio, "must be in [0, 1]")
+        _check(_in(self.weight_decay, 0, 1), "weight_decay", self.weight_decay, "must be in [0, 1]")
+        _check(_in(self.adam_beta1, 0, 1) and self.adam_beta1 < 1, "adam_beta1", self.adam_beta1, "must be in [0, 1)")
+        _check(_in(self.adam_beta2, 0, 1) and self.adam_beta2 < 1, "adam_beta2", self.adam_beta2, "must be in [0, 1)")
+        _check(
+            _in(self.adam_epsilon, 0, 1) and self.adam_epsilon > 0,
+            "adam_epsilon",
+            self.adam_epsilon,
+            "must be in (0, 1]",
+        )
+        _check(
+            _in(self.max_grad_norm, 0, 1e9), "max_grad_norm", self.max_grad_norm, "must be in [0, 1e9]; 0 = no clipping"
+        )
         for name in ("batch_size", "gradient_accumulation_steps", "max_seq_len", "num_epochs", "publish_every"):
             value = getattr(self, name)
             _check(_is_int(value) and value >= 1, name, value, "must be an integer >= 1")
@@ -195,6 +220,13 @@ class TrainingConfig:
         _check(
             _is_int(self.eval_every) and self.eval_every >= 0, "eval_every", self.eval_every, "must be an integer >= 0"
         )
+        _check(
+            self.publish_every == 1 or self.publish == "every_n_steps",
+            "publish_every",
+            self.publish_every,
+            f"has an effect only with publish='every_n_steps', not {self.publish!r}",
+        )
+        _check_bools(self, "shuffle")
         _check(_is_int(self.seed) and 0 <= self.seed < 2**63, "seed", self.seed, "must be an integer in [0, 2**63)")
 
 
@@ -229,6 +261,12 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _check(self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype, "must be auto, float32 or bfloat16")
+        _check(
+            isinstance(self.device, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,
+            "device",
+            self.device,
+            "must be auto, cpu, cuda or cuda:N",
+        )
         for name in ("page_size", "max_rows", "max_prefill_rows", "max_train_rows", "max_sequences"):
             value = getattr(self, name)
             _check(_is_int(value) and value >= 1, name, value, "must be an integer >= 1")
@@ -247,10 +285,10 @@ class EngineConfig:
                 f"must be at least {MIB} bytes, or None",
             )
         _check(
-            self.step_time_budget is None or 0 < self.step_time_budget < math.inf,
+            self.step_time_budget is None or (_in(self.step_time_budget, 0, 1e6) and self.step_time_budget > 0),
             "step_time_budget",
             self.step_time_budget,
-            "must be a finite number of seconds > 0, or None for the fixed limits",
+            "must be a number of seconds in (0, 1e6], or None for the fixed limits",
         )
         _check(
             self.max_context is None or (_is_int(self.max_context) and self.max_context >= 2),
@@ -277,8 +315,6 @@ def resolve(config: EngineConfig, hardware: Hardware) -> EngineConfig:
     Raises:
         ConfigError: a CUDA device is asked for and there is none.
     """
-    from dataclasses import replace
-
     device = config.device if config.device != "auto" else ("cuda" if hardware.has_cuda else "cpu")
     if device.startswith("cuda") and not hardware.has_cuda:
         raise ConfigError(f"device={config.device!r}: no CUDA device is visible; use device='cpu' or 'auto'")

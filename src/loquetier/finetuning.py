@@ -41,10 +41,10 @@ class FinetuneHandle:
         self._job: FinetuneJob | None = None
         self._ended = threading.Event()
         self._events: queue.SimpleQueue[JobEvent | None] = queue.SimpleQueue()
-        self._callbacks = tuple(callbacks)
+        self.callbacks = tuple(callbacks)
         self.callback_errors: list[Exception] = []
         """What callbacks raised; a callback can never fail a job."""
-        if self._callbacks:
+        if self.callbacks:
             threading.Thread(target=self._run_callbacks, name="loquetier-callbacks", daemon=True).start()
 
     def attach(self, job: FinetuneJob) -> None:
@@ -60,19 +60,19 @@ class FinetuneHandle:
         kind: Literal["step", "evaluation", "status"] = "status"
         if record is not None:
             kind = "step" if record.evaluation is None else "evaluation"
-        if self._callbacks:
+        if self.callbacks:
             self._events.put(JobEvent(kind, job.name, job.status, record, job.error))
         if job.status.is_final:
             self._end()
 
     def _end(self) -> None:
-        if self._callbacks:
+        if self.callbacks:
             self._events.put(None)
         self._ended.set()
 
     def _run_callbacks(self) -> None:
         for event in iter(self._events.get, None):
-            for callback in self._callbacks:
+            for callback in self.callbacks:
                 try:
                     callback(event)
                 except Exception as error:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from loquetier.engine.request import FinishReason, TokenEvent
+from loquetier.errors import LoquetierError
 
 
 @dataclass(slots=True)
@@ -89,12 +90,20 @@ class Collector:
 class GenerationHandle:
     """A request under way. Iterate it for events as they come, or ask for the `result`."""
 
-    def __init__(self, model: str, prompt: list[int], n: int, abort: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        model: str,
+        prompt: list[int],
+        n: int,
+        events: queue.SimpleQueue[TokenEvent],
+        abort: Callable[[], None],
+    ) -> None:
         self.model = model
         """The version that answers."""
-        self.events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
+        self.events = events
         self._collector = Collector(model, prompt, n)
         self._abort = abort
+        self._error: LoquetierError | None = None
 
     def __iter__(self) -> Iterator[TokenEvent]:
         """Events in order until every choice is finished. Leaving the loop early aborts the request.
@@ -102,14 +111,22 @@ class GenerationHandle:
         Raises:
             LoquetierError: the request failed.
         """
+        if self._error is not None:
+            raise self._error
         try:
             while self._collector.num_open:
                 event = self.events.get()
+                self._error = event.error
                 self._collector.add(event)
                 yield event
         finally:
             if self._collector.num_open:
                 self.abort()
+
+    def __del__(self) -> None:
+        """Nobody can read the answer any more: do not go on computing it."""
+        if self._collector.num_open and self._error is None:
+            self._abort()
 
     def result(self) -> Completion:
         """Wait for the end and return the whole answer.

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
+import queue
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from loquetier.adapters.peft_io import read_adapter
 from loquetier.adapters.peft_write import write_adapter
+from loquetier.adapters.registry import check_name
 from loquetier.adapters.spec import LoraSpec
 from loquetier.base.hardware import detect_hardware
 from loquetier.base.loading import load_base
@@ -23,11 +27,23 @@ from loquetier.config import EngineConfig, SamplingParams, TrainingConfig, resol
 from loquetier.engine.engine import Engine, Totals
 from loquetier.engine.loop import EngineLoop
 from loquetier.engine.request import Request, TokenEvent
-from loquetier.errors import ConfigError, LoquetierError
+from loquetier.errors import (
+    AdapterError,
+    AdapterExistsError,
+    AdapterInUseError,
+    ConfigError,
+    DataError,
+    EngineError,
+    EngineStoppedError,
+    LoquetierError,
+)
 from loquetier.finetuning import FinetuneHandle, JobCallback
 from loquetier.generation import Collector, Completion, GenerationHandle
 from loquetier.training.data import encode_examples, render_chat
+from loquetier.training.files import read_records
 from loquetier.training.job import EvalResult
+
+T = TypeVar("T")
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Text, token ids, or chat messages (rendered through the model's own template)."""
@@ -85,7 +101,9 @@ class Runtime:
         adapters: Mapping[str, str | os.PathLike[str]] | None = None,
         config: EngineConfig | None = None,
     ) -> None:
-        wanted = config or EngineConfig()
+        if not isinstance(base, str):
+            raise ConfigError(f"base is {type(base).__name__}: must be a preset, a path, or a hub id as a string")
+        wanted = _given(config, EngineConfig, "config") or EngineConfig()
         # Memory is counted after the weights are there, so dtype and device are resolved first.
         first = resolve(wanted, detect_hardware(wanted.device))
         loaded = load_base(base, dtype=getattr(torch, first.dtype), device=first.device)
@@ -126,9 +144,12 @@ class Runtime:
             In every case nothing has changed.
         """
         base = self._engine.base
-        weights = read_adapter(Path(directory), base.targets, base_names=(base.name,))
+        check_name(name)
+        weights = read_adapter(_path(directory), base.targets, base_names=(base.name,))
 
         def load() -> AdapterInfo:
+            if self._engine.jobs.find(name) is not None:
+                raise AdapterExistsError(f"a job is training {name!r}; cancel it first, or choose another name")
             self._engine.adapters.load(name, weights.spec, weights.modules, weights.factors)
             return self._info(name)
 
@@ -138,10 +159,14 @@ class Runtime:
         """Stop serving `name` at once; requests under way end on it. Returns the bytes that are or will be freed.
 
         Raises:
-            AdapterNotFoundError: no adapter of this name.
+            AdapterNotFoundError: no adapter of this name. AdapterInUseError: a job trains it.
         """
 
+        check_name(name)
+
         def unload() -> int:
+            if self._engine.jobs.find(name) is not None:
+                raise AdapterInUseError(f"a job is training {name!r} and would publish it again; cancel it first")
             num_bytes = self._info(name).num_bytes if name in self._engine.registry.names else 0
             self._engine.adapters.unload(name)
             return num_bytes
@@ -163,14 +188,17 @@ class Runtime:
             AdapterNotFoundError: no such model. ConfigError: it is the base. AdapterError: the directory exists.
         """
         version, modules, factors = self._loop.call(lambda: self._engine.adapters.factors(model))
-        return write_adapter(
-            Path(directory),
-            spec=version.spec,
-            modules=modules,
-            factors=factors,
-            base_name=str(self._engine.base.loaded.name),
-            overwrite=overwrite,
-        )
+        try:
+            return write_adapter(
+                _path(directory),
+                spec=version.spec,
+                modules=modules,
+                factors=factors,
+                base_name=str(self._engine.base.loaded.name),
+                overwrite=overwrite,
+            )
+        except OSError as error:
+            raise AdapterError(f"cannot write {os.fspath(directory)!r}: {error.strerror}") from error
 
     def _info(self, name: str) -> AdapterInfo:
         version = self._engine.registry.resolve(name)
@@ -196,16 +224,16 @@ class Runtime:
         Raises:
             AdapterNotFoundError, ContextLengthError, OutOfKVMemoryError, ConfigError: nothing was queued.
         """
-        params = params or SamplingParams()
+        params = _given(params, SamplingParams, "params") or SamplingParams()
+        if not isinstance(priority, int) or isinstance(priority, bool):
+            raise ConfigError(f"priority={priority!r}: must be an integer; lower runs earlier")
         tokens = self.encode(prompt)
-        handle: GenerationHandle
+        name = self._model_name(model)
 
         def add() -> GenerationHandle:
-            nonlocal handle
-            version = self._engine.registry.resolve(model or self.base_name)
-            handle = GenerationHandle(version.label, tokens, params.n, lambda: self._abort(request))
-            request = self._engine.add_request(tokens, model or self.base_name, params, handle.events.put, priority)
-            return handle
+            events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
+            request = self._engine.add_request(tokens, name, params, events.put, priority)
+            return GenerationHandle(request.version.label, tokens, params.n, events, lambda: self._abort(request))
 
         return self._loop.call(add)
 
@@ -227,7 +255,7 @@ class Runtime:
         self, prompt: Prompt, model: str | None = None, params: SamplingParams | None = None
     ) -> Completion:
         """`generate` for asyncio; cancelling the task aborts the request."""
-        params = params or SamplingParams()
+        params = _given(params, SamplingParams, "params") or SamplingParams()
         tokens = self.encode(prompt)
         request, events, label = await self._submit_async(tokens, model, params)
         collector = Collector(label, tokens, params.n)
@@ -239,7 +267,7 @@ class Runtime:
         self, prompt: Prompt, model: str | None = None, params: SamplingParams | None = None
     ) -> AsyncIterator[TokenEvent]:
         """`stream` for asyncio."""
-        params = params or SamplingParams()
+        params = _given(params, SamplingParams, "params") or SamplingParams()
         tokens = self.encode(prompt)
         request, events, label = await self._submit_async(tokens, model, params)
         async for event in self._drain(request, events, Collector(label, tokens, params.n)):
@@ -254,7 +282,8 @@ class Runtime:
         def put(event: TokenEvent) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-        submitted = self._loop.submit(lambda: self._engine.add_request(tokens, model or self.base_name, params, put))
+        name = self._model_name(model)
+        submitted = self._loop.submit(lambda: self._engine.add_request(tokens, name, params, put))
         try:
             request = await asyncio.shield(asyncio.wrap_future(submitted))
         except asyncio.CancelledError:
@@ -279,8 +308,16 @@ class Runtime:
             self._abort(submitted.result())
 
     def _abort(self, request: Request) -> None:
-        if self._loop.is_alive:
+        with suppress(EngineStoppedError):  # a closed runtime has ended every request itself
             self._loop.submit(lambda: self._engine.abort_request(request.request_id))
+
+    def _model_name(self, model: str | None) -> str:
+        """None is the base; anything else must name something itself, the empty string too."""
+        if model is None:
+            return self.base_name
+        if not isinstance(model, str):
+            raise ConfigError(f"model={model!r}: must be a name, or None for the base")
+        return model
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt.
@@ -288,12 +325,19 @@ class Runtime:
         Raises:
             ConfigError: text without a tokenizer, messages without a chat template, or a wrong type.
         """
+        if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, Sequence):
+            raise ConfigError(
+                f"prompt is {type(prompt).__name__}: must be a string, a list of token ids, or a list of chat messages"
+            )
         if not isinstance(prompt, str) and all(isinstance(t, int) and not isinstance(t, bool) for t in prompt):
             return [int(t) for t in prompt]  # type: ignore[arg-type]
         if self.tokenizer is None:
             raise ConfigError(f"base {self.base_name!r} has no tokenizer; give token ids instead of text")
         if isinstance(prompt, str):
-            return list(self.tokenizer(prompt)["input_ids"])
+            try:
+                return list(self.tokenizer(prompt)["input_ids"])
+            except (UnicodeError, TypeError) as error:  # a lone surrogate is not text
+                raise ConfigError(f"prompt is not valid Unicode text: {error}") from error
         if not all(isinstance(m, Mapping) for m in prompt):
             raise ConfigError("prompt must be a string, a list of token ids, or a list of chat messages")
         if self.tokenizer.chat_template is None:
@@ -325,8 +369,12 @@ class Runtime:
         Raises:
             DataError, AdapterError, ConfigError, OutOfAdapterMemoryError: before anything has changed.
         """
-        training = training or TrainingConfig()
-        spec = lora or (LoraSpec() if start_from is None else self._spec_of(start_from))
+        training = _given(training, TrainingConfig, "training") or TrainingConfig()
+        if not isinstance(callbacks, Sequence):
+            raise ConfigError(f"callbacks is {type(callbacks).__name__}: must be a list of callables")
+        if training.eval_every and eval_data is None:
+            raise ConfigError(f"eval_every={training.eval_every} needs eval_data")
+        spec = _given(lora, LoraSpec, "lora") or (LoraSpec() if start_from is None else self._spec_of(start_from))
         if spec.dropout > 0:
             raise ConfigError(f"dropout={spec.dropout}: LoRA dropout in training is not supported yet; use dropout=0")
         limit = min(training.max_seq_len, self.max_context)
@@ -351,10 +399,13 @@ class Runtime:
         """Loss and token accuracy of a served model (None: the base) on labelled data, as EVAL rows of steps."""
         examples = encode_examples(_records(data), self.tokenizer, min(max_seq_len, self.max_context))
         done: Future[EvalResult | LoquetierError] = Future()
-        self._loop.call(lambda: self._engine.jobs.evaluate(model or self.base_name, examples, done.set_result))
+        name = self._model_name(model)
+        self._loop.call(lambda: self._engine.jobs.evaluate(name, examples, done.set_result))
         result = done.result()
         if isinstance(result, LoquetierError):
             raise result
+        if not math.isfinite(result.loss):
+            raise EngineError(f"the loss of {name!r} on this data is {result.loss}: its logits are not finite")
         return result
 
     # --- books ---
@@ -383,9 +434,22 @@ class Runtime:
         self._loop.call(self._engine.check_integrity)
 
 
-def _records(data: Data) -> Sequence[Mapping[str, Any]]:
-    if not isinstance(data, (str, os.PathLike)):
-        return data
-    from loquetier.training.files import read_records
+def _given(value: T | None, kind: type[T], name: str) -> T | None:
+    """`value` if it is None or what it should be; a dictionary in its place would be silently ignored otherwise."""
+    if value is not None and not isinstance(value, kind):
+        raise ConfigError(f"{name} is {type(value).__name__}: must be {kind.__name__}, or None for its defaults")
+    return value
 
-    return read_records(Path(data))
+
+def _path(directory: str | os.PathLike[str]) -> Path:
+    if not isinstance(directory, (str, os.PathLike)):
+        raise ConfigError(f"directory is {type(directory).__name__}: must be a path")
+    return Path(directory)
+
+
+def _records(data: Data) -> Sequence[Mapping[str, Any]]:
+    if isinstance(data, (str, os.PathLike)):
+        return read_records(Path(data))
+    if not isinstance(data, Sequence) or isinstance(data, str):
+        raise DataError(f"data is {type(data).__name__}: must be a list of records or the path of a file")
+    return data

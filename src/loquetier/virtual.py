@@ -62,7 +62,7 @@ class VirtualModel:
         try:
             return attach_adapter(runtime, image, callbacks)
         except Exception:
-            restored = attach_adapter(self.runtime, image)
+            restored = attach_adapter(self.runtime, image, self.job.callbacks if self.job else ())
             self.job = restored.job
             raise
 

@@ -247,7 +247,7 @@ def test_eval_every(traffic: bool) -> None:
             assert job.status is JobStatus.SUCCEEDED
             losses.append([r.loss for r in job.history])
             for record in job.history:
-                if every and record.step in (3, 5):
+                if record.step == 5 or (every and record.step == 3):  # without eval_every once, at the end
                     expect_close(record.evaluation, expected_result(twins[record.step], EVALS))
                 else:
                     assert record.evaluation is None
@@ -298,7 +298,7 @@ def test_a_job_paused_during_its_last_step_succeeds(eval_every: int) -> None:
         engine.jobs.set_status(job, JobStatus.PAUSED)
         run(engine)
         assert job.status is other.status is JobStatus.SUCCEEDED and job.num_steps == 1
-        assert (job.history[0].evaluation is not None) == bool(eval_every)
+        assert job.history[0].evaluation is not None
         assert len(answer.tokens) == 30
 
 
@@ -395,7 +395,7 @@ def test_no_memory_for_a_job() -> None:
         assert job.status is JobStatus.SUCCEEDED
 
 
-def test_no_memory_to_publish_ends_that_job_and_the_old_version_serves() -> None:
+def test_without_memory_to_publish_the_old_version_serves_and_the_last_weights_are_not_lost() -> None:
     spec = LoraSpec(r=60)
     with checked(make_engine(adapter_memory=MIB)) as engine:
         modules = resolve_modules(spec, engine.base.targets)
@@ -408,9 +408,12 @@ def test_no_memory_to_publish_ends_that_job_and_the_old_version_serves() -> None
                 held.append((ask(engine, "job", PROMPT, 40), greedy(served_twin(engine, "job"), PROMPT, 40)))
 
         run(engine, script)
-        # Four slots fit: the job's own and three versions that requests hold on to.
-        assert job.status is JobStatus.FAILED and isinstance(job.error, OutOfAdapterMemoryError)
-        assert len(held) == 3 and engine.registry.resolve("job").number == 3
+        # Four slots fit: the job's own and three versions that requests hold on to. Later versions wait for room;
+        # the last one takes over the job's own slot if it must.
+        assert job.status is JobStatus.SUCCEEDED and job.num_steps == 9
+        served = engine.registry.resolve("job")
+        assert 3 < served.number < 10
+        assert torch.equal(engine.arena.flat(served.slot), job.optimizer.master)
         for answer, expected in held:
             assert answer.tokens == expected
 

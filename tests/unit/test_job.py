@@ -196,7 +196,7 @@ def test_publish_schedule(settings: dict[str, object], published: list[int]) -> 
     assert found == published
 
 
-@pytest.mark.parametrize(("every", "due"), [(0, []), (2, [2, 4, 5]), (5, [5]), (9, [5])])
+@pytest.mark.parametrize(("every", "due"), [(0, [5]), (2, [2, 4, 5]), (5, [5]), (9, [5])])
 def test_evaluation_schedule(every: int, due: list[int]) -> None:
     job = make_job(TrainingConfig(batch_size=2, max_steps=5, eval_every=every), EXAMPLES[:1])
     without = make_job(TrainingConfig(batch_size=2, max_steps=5, eval_every=every))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
@@ -67,11 +68,11 @@ class _Draft:
     segments: list[Segment] = field(default_factory=list)
     num_rows: int = 0
 
-    def add(self, tokens: Sequence[int], first_position: int, slot: int) -> int:
-        """Append consecutive tokens; returns their first row. Neighbours on one slot share a segment."""
+    def add(self, tokens: Sequence[int], positions: Int64s, slot: int) -> int:
+        """Append rows of one slot; returns the first of them. Neighbours on one slot share a segment."""
         start, stop = self.num_rows, self.num_rows + len(tokens)
         self.ids.append(np.asarray(tokens, dtype=np.int64))
-        self.positions.append(np.arange(first_position, first_position + len(tokens)))
+        self.positions.append(positions)
         if slot != BASE_SLOT:
             if self.segments and self.segments[-1].slot == slot and self.segments[-1].stop == start:
                 start_of_run = self.segments.pop().start
@@ -107,10 +108,15 @@ def build_batch(
     draft.close_kind()
     eval_spans, eval_labels = _add_items(draft, plan.evaluate, example_of)
     cache_start = draft.num_rows
-    chunk_rows = [draft.add(c.seq.tokens[c.start : c.start + c.length], c.start, c.seq.slot) for c in plan.prefill]
+    chunk_rows = [
+        draft.add(c.seq.tokens[c.start : c.start + c.length], np.arange(c.start, c.start + c.length), c.seq.slot)
+        for c in plan.prefill
+    ]
     decode_start = draft.num_rows
-    for seq in plan.decode:
-        draft.add(seq.tokens[-1:], seq.num_computed, seq.slot)
+    for slot, group in groupby(plan.decode, key=lambda seq: seq.slot):
+        seqs = list(group)
+        at = np.fromiter((s.num_computed for s in seqs), dtype=np.int64, count=len(seqs))
+        draft.add([s.tokens[-1] for s in seqs], at, slot)
     packed = _Packer(cache.keys[0].device)
     ids, positions = packed.add(_joined(draft.ids)), packed.add(_joined(draft.positions))
     rows = _cache_rows(plan, cache.page_size)
@@ -187,7 +193,7 @@ def _add_items(
     at = 0
     for item in items:
         example, weight = example_of(item)
-        start = draft.add(example.tokens[:-1], 0, item.slot)
+        start = draft.add(example.tokens[:-1], np.arange(example.num_rows), item.slot)
         spans.append((start, draft.num_rows))
         rows.append(example.label_rows + start)
         targets.append(example.label_targets)

@@ -5,9 +5,12 @@ Everything here runs on one thread; `loquetier.runtime` owns that thread and han
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
 
 from loquetier.adapters.arena import Arena
 from loquetier.adapters.registry import AdapterRegistry
@@ -30,6 +33,8 @@ from loquetier.errors import (
     LoquetierError,
     OutOfKVMemoryError,
 )
+
+log = logging.getLogger("loquetier.engine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +89,10 @@ class Engine:
                 f"kv_memory={config.kv_memory} bytes is less than one page of {page_bytes} bytes; raise it"
             )
         self.cache = base.new_cache(num_pages, config.page_size)
-        self.arena = Arena(config.adapter_memory, base.dtype, base.device)
+        # On a CPU adapters stay in float32 beside a bfloat16 base, as PEFT keeps them: torch's small bf16 GEMMs cost
+        # ten times its float32 ones there, and what is served is then to the bit what was trained.
+        adapter_dtype = torch.float32 if base.device.type == "cpu" else base.dtype
+        self.arena = Arena(config.adapter_memory, adapter_dtype, base.device)
         self.registry = AdapterRegistry(base.name, self.arena.free)
         self.allocator = BlockAllocator(num_pages, config.page_size)
         self.scheduler = Scheduler(config, self.allocator, self.max_context)
@@ -110,8 +118,10 @@ class Engine:
             report = self._execute(plan, started)
         except IntegrityError:
             raise  # our own books are wrong: nothing can be trusted to go on
-        except (RuntimeError, MemoryError, LoquetierError) as error:  # torch raises RuntimeError, out of memory too
+        except Exception as error:
+            log.exception("a step failed; what took part in it ends")
             self._fail(plan, error)
+            self.check_integrity()
             report = StepReport(0, 0, 0, 0, 0, time.perf_counter() - started)
         self.totals.add(report)
         return report

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -22,6 +24,8 @@ from loquetier.training.data import Example, check_examples
 from loquetier.training.job import EvalResult, EvalTask, FinetuneJob, JobImage, JobStatus, StepRecord
 from loquetier.training.optimizer import AdapterOptimizer
 
+log = logging.getLogger("loquetier.jobs")
+
 
 @dataclass(slots=True)
 class Jobs:
@@ -34,6 +38,8 @@ class Jobs:
     """Time spent publishing, over all publishes."""
     _ids: count[int] = field(default_factory=lambda: count(1))
     _listeners: dict[int, JobListener] = field(default_factory=dict)
+    _unpublished: set[int] = field(default_factory=set)
+    """Jobs whose newest weights found no room to be published."""
 
     def after_backward(self) -> None:
         """Hand out finished evaluations; step, publish and end the jobs whose accumulation is complete."""
@@ -50,9 +56,11 @@ class Jobs:
         if job.is_published_now:
             try:
                 self._publish(job)
-            except OutOfAdapterMemoryError as error:  # the old version keeps serving; only this job ends
-                self._end(job, JobStatus.FAILED, error)
-                return
+            except OutOfAdapterMemoryError as error:
+                # Training goes on and the old version keeps serving. The last weights are never lost: when the job
+                # ends, its own slot becomes the version (see `_release`).
+                log.warning("step %d of %s is not published: %s", record.step, job.name, error)
+                self._unpublished.add(job.job_id)
         self._listeners[job.job_id](job, record)
         if job.is_eval_due:
             self._evaluate_in_training(job)
@@ -104,13 +112,23 @@ class Jobs:
         modules = resolve_modules(spec, self.trainer.base.targets)
         source = self._same_layout(start_from, modules) if start_from is not None else None
         slot = self._allocate_for_training(modules)
-        if source is not None:
-            self.trainer.arena.flat(slot).copy_(self.trainer.arena.flat(source))
-        else:
-            initialize_slot(self.trainer.arena.factors[slot], modules, config.seed)
-        optimizer = AdapterOptimizer(self.trainer.arena.flat(slot), modules, config)
-        job = FinetuneJob(next(self._ids), name, spec, config, examples, eval_examples, slot, optimizer)
+        with self._freed_on_error(slot):
+            if source is not None:
+                self.trainer.arena.flat(slot).copy_(self.trainer.arena.flat(source))
+            else:
+                initialize_slot(self.trainer.arena.factors[slot], modules, config.seed)
+            optimizer = AdapterOptimizer(self.trainer.arena.flat(slot), modules, config)
+            job = FinetuneJob(next(self._ids), name, spec, config, examples, eval_examples, slot, optimizer)
         return self._enter(job, listener)
+
+    @contextmanager
+    def _freed_on_error(self, slot: int) -> Iterator[None]:
+        """Whatever goes wrong while a job is made (no memory for its moments, say), its slot is given back."""
+        try:
+            yield
+        except BaseException:
+            self.trainer.arena.free(slot)
+            raise
 
     def _enter(self, job: FinetuneJob, listener: JobListener) -> FinetuneJob:
         self.trainer.jobs[job.job_id] = job
@@ -122,18 +140,19 @@ class Jobs:
         self._check_trainable(image.name)
         modules = resolve_modules(image.spec, self.trainer.base.targets)
         slot = self._allocate_for_training(modules)
-        optimizer = AdapterOptimizer(self.trainer.arena.flat(slot), modules, image.config)
-        job = FinetuneJob(
-            next(self._ids),
-            image.name,
-            image.spec,
-            image.config,
-            image.examples,
-            image.eval_examples,
-            slot,
-            optimizer,
-        )
-        job.restore(image)
+        with self._freed_on_error(slot):
+            optimizer = AdapterOptimizer(self.trainer.arena.flat(slot), modules, image.config)
+            job = FinetuneJob(
+                next(self._ids),
+                image.name,
+                image.spec,
+                image.config,
+                image.examples,
+                image.eval_examples,
+                slot,
+                optimizer,
+            )
+            job.restore(image)
         return self._enter(job, listener)
 
     def _allocate_for_training(self, modules: tuple[ModulePlan, ...]) -> int:
@@ -223,6 +242,7 @@ class Jobs:
         slot = self.trainer.arena.allocate(self.trainer.arena.modules(job.slot), zeroed=False)
         self.trainer.arena.flat(slot).copy_(self.trainer.arena.flat(job.slot))
         self.registry.publish(job.name, slot, job.spec)
+        self._unpublished.discard(job.job_id)
         self.publishes += 1
         self.publish_seconds += time.perf_counter() - started
 
@@ -235,6 +255,11 @@ class Jobs:
         """Give back the slots of ended jobs that no open tape and no evaluation still reads."""
         in_tape = {item.job_id for item in self.trainer.tape.items} if self.trainer.tape else set()
         for job in [j for j in self.trainer.jobs.values() if j.status.is_final]:
-            if job.job_id not in in_tape and job.evaluation is None:
-                del self.trainer.jobs[job.job_id], self._listeners[job.job_id]
+            if job.job_id in in_tape or job.evaluation is not None:
+                continue
+            del self.trainer.jobs[job.job_id], self._listeners[job.job_id]
+            if job.status is JobStatus.SUCCEEDED and job.job_id in self._unpublished:
+                self.registry.publish(job.name, job.slot, job.spec)
+            else:
                 self.trainer.arena.free(job.slot)
+            self._unpublished.discard(job.job_id)

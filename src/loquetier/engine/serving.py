@@ -10,7 +10,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from loquetier.adapters.registry import AdapterRegistry, AdapterVersion
+from loquetier.adapters.registry import AdapterRegistry
 from loquetier.base.model import Base
 from loquetier.config import SamplingParams
 from loquetier.engine.batch import Batch, head_step
@@ -68,7 +68,7 @@ class Serving:
                 self.scheduler.add(choice.seq)
                 added.append(choice.seq)
                 request.choices.append(choice)
-        except LoquetierError:
+        except BaseException:
             for seq in added:
                 self.scheduler.abort(seq)
             self.registry.release(version)
@@ -206,10 +206,6 @@ class Serving:
         if request.num_open == 0:
             del self.requests[request.request_id]
             self.registry.release(request.version)
-
-    def users_of(self, version: AdapterVersion) -> int:
-        """Requests running on a version."""
-        return sum(r.version is version for r in self.requests.values())
 
 
 def _nobody(_: TokenEvent) -> None:

@@ -203,10 +203,8 @@ class FinetuneJob:
     def is_eval_due(self) -> bool:
         """Whether the step just done asks for an evaluation."""
         every = self.config.eval_every
-        return (
-            bool(self.eval_examples)
-            and every > 0
-            and (self.num_steps % every == 0 or self.num_steps == self.total_steps)
+        return bool(self.eval_examples) and (
+            self.num_steps == self.total_steps or (every > 0 and self.num_steps % every == 0)
         )
 
     def ready_items(self) -> list[TrainItem]:
