@@ -69,6 +69,28 @@ def test_a_job_that_moves_midway_ends_bit_for_bit_where_it_would_have(two: tuple
     assert _equal(_weights(other, "fox"), expected)
 
 
+def test_a_job_that_moves_in_the_middle_of_an_accumulation_keeps_its_gradient(base: Path) -> None:
+    """Rows are limited so that an optimizer step takes several engine steps; the move falls between two of them."""
+    config = EngineConfig(dtype="float32", kv_memory=4 << 20, adapter_memory=4 << 20, max_train_rows=16)
+    training = TrainingConfig(batch_size=4, gradient_accumulation_steps=2, max_steps=3, learning_rate=1e-2)
+    with Runtime(str(base), config=config) as quiet:
+        quiet.finetune("fox", DATA, lora=SPEC, training=training).wait(60)
+        expected = _weights(quiet, "fox")
+    with Runtime(str(base), config=config) as one, Runtime(str(base), config=config) as other:
+        handle = one.finetune("fox", DATA, lora=SPEC, training=training)
+        image = detach_adapter(one, "fox")
+        while image.job is not None and not (image.job.todo and bool(image.job.grad.any())):
+            handle_again = attach_adapter(one, image).job  # not in the middle of a step: let it go on for a moment
+            assert handle_again is not None and not handle_again.status.is_final, "never caught in the middle"
+            one.stats()
+            image = detach_adapter(one, "fox")
+        assert image.job is not None and handle.status is JobStatus.DETACHED
+        moved = attach_adapter(other, image)
+        assert moved.job is not None
+        moved.job.wait(60)
+        assert _equal(_weights(other, "fox"), expected)
+
+
 def test_other_adapters_answer_the_same_before_and_after(two: tuple[Runtime, Runtime]) -> None:
     one, other = two
     one.finetune("stays", DATA, lora=SPEC, training=TRAINING).wait(60)

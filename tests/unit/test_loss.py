@@ -96,3 +96,17 @@ def test_a_row_that_is_nan_leaves_the_others_bit_identical() -> None:
     assert torch.equal(clean.nll_L[keep], dirty.nll_L[keep]) and bool(dirty.nll_L[2].isnan())
     rows = torch.from_numpy(np.delete(np.arange(NUM_ROWS), labels.rows[2]))
     assert torch.equal(clean_TD[rows], dirty_TD[rows])
+
+
+def test_a_long_example_never_makes_more_than_a_chunk_of_logits() -> None:
+    """The bound on memory: with the chunk as shipped, 600 labelled rows reach the head in pieces of at most 256."""
+    hidden_TD, weight_VD = torch.randn(700, HIDDEN), torch.randn(VOCAB, HIDDEN)
+    labels = LabelledRows(np.arange(600, dtype=np.int64), np.zeros(600, dtype=np.int64), np.ones(600, dtype=np.float32))
+    seen: list[int] = []
+
+    def head(hidden_nD: Tensor, rows: npt.NDArray[np.int64]) -> Tensor:
+        seen.append(len(hidden_nD))
+        return hidden_nD @ weight_VD.T
+
+    linear_cross_entropy(hidden_TD, labels, head, with_grad=True)
+    assert seen == [256, 256, 88]
