@@ -181,6 +181,10 @@ class Runtime:
         """One adapter that answers now. Raises AdapterNotFoundError."""
         return self._loop.call(lambda: self._info(name))
 
+    def digest(self, model: str) -> str:
+        """sha256 of a served version's layout and weights, the same for equal weights in any runtime."""
+        return self._loop.call(lambda: self._engine.adapters.digest(model))
+
     def export_adapter(self, model: str, directory: str | os.PathLike[str], *, overwrite: bool = False) -> str:
         """Write a served version as a PEFT directory; returns its digest (sha256).
 

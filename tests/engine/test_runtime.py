@@ -126,6 +126,7 @@ def test_train_publish_serve_export_and_load_again(runtime: Runtime, tmp_path: P
     info = runtime.load_adapter("copy", tmp_path / "fox")
     assert info.spec.r == 4
     assert runtime.generate("c then ", "copy", GREEDY).token_ids == answer.token_ids
+    assert runtime.digest("copy") == runtime.digest("fox@6")
     # The job's own thread of callbacks may lag behind wait(); its last event is the final state.
     while not events or not events[-1].status.is_final:
         runtime.stats()
@@ -177,6 +178,7 @@ def test_continue_from_a_served_adapter(runtime: Runtime) -> None:
     # Its first step sees all the data on the weights that "first" ended with; rounding differs with the batch's shape.
     assert history[0].loss == pytest.approx(before, rel=1e-5)
     assert runtime.evaluate("second", DATA).loss < before
+    assert runtime.digest("second") != runtime.digest("first")
     with pytest.raises(ConfigError, match="start_from"):
         runtime.finetune("third", DATA, lora=LoraSpec(r=2), start_from="first", training=TRAINING)
 

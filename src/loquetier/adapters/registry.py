@@ -30,6 +30,9 @@ class AdapterVersion:
     users: int = field(default=0)
     """Requests and evaluations running on it."""
     is_live: bool = field(default=True)
+    digest: str | None = field(default=None)
+    """sha256 of layout and weights, filled in when first asked for: hashing between two steps would cost more than
+    the publish itself."""
 
     @property
     def label(self) -> str:

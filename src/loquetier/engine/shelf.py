@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -36,6 +37,24 @@ class AdapterShelf:
             view.a_RK.copy_(a_RK)
             view.b_RN.copy_(b_NR.T)
         return self.registry.add(name, slot, spec)
+
+    def digest(self, model: str) -> str:
+        """sha256 of a version's layout (paths, ranks, scales) and weights; equal weights, equal digest.
+
+        Raises:
+            AdapterNotFoundError, ConfigError: no such adapter, or it is the base.
+        """
+        version = self.registry.resolve(model)
+        if version.slot < 0:
+            raise ConfigError(f"{model!r} is the base: it has no adapter weights")
+        if version.digest is None:
+            digest = hashlib.sha256()
+            for m in self.arena.modules(version.slot):
+                digest.update(f"{m.target.path} {m.rank} {m.scale!r}\n".encode())
+            weights = self.arena.flat(version.slot).float().cpu().contiguous()
+            digest.update(weights.numpy().tobytes())
+            version.digest = digest.hexdigest()
+        return version.digest
 
     def unload(self, name: str) -> AdapterVersion:
         """The name stops answering at once; memory is freed when the last request on it has ended."""
