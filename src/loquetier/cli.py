@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -231,6 +232,10 @@ def _check_before_training(
     place = next(parent for parent in out.absolute().parents if parent.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise ConfigError(f"--out {str(out)!r} cannot be written: {str(place)!r} is not a writable directory")
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {str(out)!r} cannot be written: {error.strerror}") from error
     return read_records(data), None if eval_data is None else read_records(eval_data)
 
 
@@ -296,6 +301,9 @@ def _show_progress(handle: FinetuneHandle) -> bool:
                     now += f"  held-out {step.evaluation.loss:.4f}"
                 bar.update(task, completed=step.step, now=now)
         except KeyboardInterrupt:
+            # A second Ctrl-C must not lose what the first one wants to keep.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            bar.console.print("interrupted: finishing, then writing what is trained so far")
             if not handle.status.is_final:
                 handle.cancel()
             return handle.status is JobStatus.CANCELLED

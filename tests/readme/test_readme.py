@@ -45,11 +45,13 @@ def blocks(text: str) -> list[Block]:
     return [Block(m["language"], m["mark"] or "", m["text"]) for m in _BLOCK.finditer(text)]
 
 
-def run(argv: list[str], directory: Path) -> None:
+def run(argv: list[str], directory: Path) -> str:
+    """Run it, insist on success, return what it printed."""
     # Not `check=True`: the message must show what the reader of the page would have seen.
     environ = {**os.environ, "PYTHONUNBUFFERED": "1"}
     done = subprocess.run(argv, cwd=directory, env=environ, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, f"{argv}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
 
 
 def test_blocks_are_found_with_their_marks() -> None:
@@ -74,7 +76,9 @@ def test_readme_works_as_written(tmp_path: Path) -> None:
         elif block.language == "python":
             script = tmp_path / f"block_{number}.py"
             script.write_text(block.text, encoding="utf-8")
-            run([sys.executable, script.name], tmp_path)
+            printed = run([sys.executable, script.name], tmp_path)
+            for promised in re.findall(r"# +([A-Z]+!)", block.text):  # what a comment says a line prints
+                assert promised in printed, f"the page promises {promised!r}, the program printed\n{printed}"
         elif block.mark == "tested":
             for command in block.commands:
                 assert command[0] == "loquetier", f"only loquetier commands can be marked as tested, not {command}"

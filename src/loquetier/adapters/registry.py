@@ -118,7 +118,9 @@ class AdapterRegistry:
             ConfigError: bad name. AdapterExistsError: the name is taken (also by the base).
         """
         check_name(name)
-        if name in self._live or name == self._base.name:
+        if name == self._base.name:
+            raise AdapterExistsError(f"{name!r} is the base's name; choose another for the adapter")
+        if name in self._live:
             raise AdapterExistsError(f"{name!r} is already loaded; unload it first, or choose another name")
 
     def add(self, name: str, slot: int, spec: LoraSpec) -> AdapterVersion:

@@ -68,6 +68,9 @@ class LoraSpec:
         _check_names("target_modules", self.target_modules)
         _check(bool(self.target_modules), "target_modules", self.target_modules, "must name at least one module")
         _check_names("exclude_modules", self.exclude_modules)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):  # as people write it for PEFT
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("rank_pattern", "alpha_pattern"):
             value = getattr(self, name)
             _check(isinstance(value, Mapping), name, value, "must map module patterns to numbers")
@@ -306,8 +309,10 @@ def _checked_alpha(field_name: str, value: float) -> float:
 
 
 def _check_names(field_name: str, value: object) -> None:
-    ok = isinstance(value, str) or (isinstance(value, tuple) and all(isinstance(name, str) and name for name in value))
-    _check(ok, field_name, value, "must be a string or a tuple of non-empty strings")
+    ok = isinstance(value, str) or (
+        isinstance(value, (tuple, list)) and all(isinstance(name, str) and name for name in value)
+    )
+    _check(ok, field_name, value, "must be a string, or a list of non-empty strings")
 
 
 def _check_layers(spec: LoraSpec) -> None:

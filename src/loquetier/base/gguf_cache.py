@@ -8,6 +8,7 @@ never answered with old weights.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -21,8 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loquetier.errors import ConfigError, UnsupportedModelError
 
-FORMAT = 1
+FORMAT = 2
 """Raise when what is written into the cache changes."""
+COMPLETE = "complete.json"
+"""Written last: the sizes of all other files."""
 
 
 def default_cache_dir() -> Path:
@@ -47,7 +50,8 @@ def converted_directory(gguf_file: Path, cache_dir: Path | None = None) -> Path:
     with gguf_file.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     target = root / f"{gguf_file.stem}-{digest[:16]}-t{major}-f{FORMAT}"
-    if target.is_dir():
+    if (target / COMPLETE).is_file():
+        _refuse_damaged(target)
         return target
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -58,10 +62,21 @@ def converted_directory(gguf_file: Path, cache_dir: Path | None = None) -> Path:
         ) from error
     try:
         _convert(gguf_file, temporary)
+        sizes = {path.name: path.stat().st_size for path in temporary.iterdir()}
+        (temporary / COMPLETE).write_text(json.dumps(sizes), encoding="utf-8")
         _rename_first_wins(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def _refuse_damaged(target: Path) -> None:
+    """A file that is gone or has another size than when it was written: say which, and what to delete."""
+    sizes = json.loads((target / COMPLETE).read_text(encoding="utf-8"))
+    for name, size in sizes.items():
+        path = target / name
+        if not path.is_file() or path.stat().st_size != size:
+            raise ConfigError(f"the cached conversion {str(target)!r} is damaged ({name}); delete that directory")
 
 
 def _rename_first_wins(temporary: Path, target: Path) -> None:
