@@ -49,7 +49,6 @@ def adapted(spec: LoraSpec) -> list[str]:
         {"target_modules": ()},
         {"target_modules": ""},
         {"target_modules": ("q_proj", "")},
-        {"target_modules": ["q_proj"]},
         {"target_modules": None},
         {"target_modules": "(q_proj"},
         {"target_modules": "a)(b"},
