@@ -11,10 +11,10 @@ PIP_INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 # The stamp carries a checksum of what decides the installation: same files, nothing to do.
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: help install demo serve test check fix bench
+.PHONY: help install demo serve test crash check fix bench
 
 help:
-	@echo "make install | demo | serve | test | check | fix | bench"
+	@echo "make install | demo | serve | test | crash | check | fix | bench"
 
 install: $(STAMP)
 
@@ -36,6 +36,10 @@ serve: install
 
 test: install
 	$(BIN)/python -m pytest -q
+
+# Kills a training job 200 times and compares what it ends with; `make test` has a sample of 20.
+crash: install
+	$(BIN)/python -m pytest -q -m crash_full tests/crash
 
 check: install
 	$(BIN)/ruff check .

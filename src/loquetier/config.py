@@ -258,6 +258,9 @@ class EngineConfig:
     """Seconds a step may take while requests are running (from --slo-tpot); None = the fixed limits."""
     max_context: int | None = None
     """Cap on the model's own context length."""
+    keep_versions: int = 0
+    """Versions of each adapter before the live one that stay in memory, to roll back to or to be asked for as
+    ``name@number``. They are given up, oldest first, when adapter_memory is needed for something else."""
 
     def __post_init__(self) -> None:
         _check(self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype, "must be auto, float32 or bfloat16")
@@ -275,6 +278,12 @@ class EngineConfig:
             "backward_units_while_serving",
             self.backward_units_while_serving,
             "must be an integer >= 1, or training would never move under traffic",
+        )
+        _check(
+            _is_int(self.keep_versions) and self.keep_versions >= 0,
+            "keep_versions",
+            self.keep_versions,
+            "must be an integer >= 0",
         )
         for name in ("kv_memory", "adapter_memory"):
             value = getattr(self, name)

@@ -104,6 +104,13 @@ class DataError(LoquetierError, ValueError):
     status = 400
 
 
+class CheckpointError(LoquetierError, ValueError):
+    """A checkpoint is torn, corrupted or of an unknown format; it was not used, and nothing was changed."""
+
+    code = "invalid_checkpoint"
+    status = 500
+
+
 class JobStateError(LoquetierError, RuntimeError):
     """A job cannot make this transition from the state it is in."""
 

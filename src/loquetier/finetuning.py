@@ -12,6 +12,7 @@ from typing import Literal
 from loquetier.engine.engine import Engine
 from loquetier.engine.loop import EngineLoop
 from loquetier.errors import LoquetierError
+from loquetier.training.checkpoint_dir import Resumed
 from loquetier.training.job import FinetuneJob, JobStatus, StepRecord
 
 log = logging.getLogger("loquetier.jobs")
@@ -44,6 +45,10 @@ class FinetuneHandle:
         self.callbacks = tuple(callbacks)
         self.callback_errors: list[Exception] = []
         """What callbacks raised; a callback can never fail a job."""
+        self.resumed: Resumed | None = None
+        """The checkpoint that the job went on from, if it did."""
+        self.checkpoint_errors: list[Exception] = []
+        """Why checkpoints could not be written (disk full, ...); the one before stays, and the job goes on."""
         if self.callbacks:
             threading.Thread(target=self._run_callbacks, name="loquetier-callbacks", daemon=True).start()
 

@@ -23,6 +23,7 @@ from loquetier.adapters.spec import LoraSpec
 from loquetier.base.hardware import detect_hardware
 from loquetier.base.loading import load_base
 from loquetier.base.model import Base
+from loquetier.checkpointing import CheckpointSaver, NewJob, open_checkpoints
 from loquetier.config import EngineConfig, SamplingParams, TrainingConfig, resolve
 from loquetier.engine.engine import Engine, Totals
 from loquetier.engine.loop import EngineLoop
@@ -39,9 +40,10 @@ from loquetier.errors import (
 )
 from loquetier.finetuning import FinetuneHandle, JobCallback
 from loquetier.generation import Collector, Completion, GenerationHandle
+from loquetier.training.checkpoint_dir import CheckpointConfig
 from loquetier.training.data import encode_examples, render_chat
 from loquetier.training.files import read_records
-from loquetier.training.job import EvalResult
+from loquetier.training.job import EvalResult, FinetuneJob
 
 T = TypeVar("T")
 
@@ -112,6 +114,7 @@ class Runtime:
         self.base_name = loaded.name
         self.tokenizer = loaded.tokenizer
         self._loop = EngineLoop(self._engine)
+        self._savers: list[tuple[CheckpointSaver, FinetuneJob]] = []
         try:
             for name, directory in (adapters or {}).items():
                 self.load_adapter(name, directory)
@@ -120,8 +123,20 @@ class Runtime:
             raise
 
     def close(self) -> None:
-        """Stop the engine: open requests and jobs end with EngineStoppedError. Idempotent."""
+        """Stop the engine: open requests and jobs end with EngineStoppedError. Idempotent.
+
+        Jobs with a checkpoint directory write a last checkpoint first; from there they can be resumed.
+        """
+        with suppress(EngineStoppedError):  # closed before, or died: then there is nothing good to save
+            self._loop.call(self._save_jobs)
         self._loop.stop()
+        for saver, _ in self._savers:
+            saver.close()
+
+    def _save_jobs(self) -> None:
+        for saver, job in self._savers:
+            if not job.status.is_final:
+                saver.save(job)
 
     def __enter__(self) -> Runtime:
         return self
@@ -184,6 +199,31 @@ class Runtime:
     def digest(self, model: str) -> str:
         """sha256 of a served version's layout and weights, the same for equal weights in any runtime."""
         return self._loop.call(lambda: self._engine.adapters.digest(model))
+
+    def versions(self, name: str) -> list[int]:
+        """Numbers of the versions of `name` in memory, the live one included. Raises AdapterNotFoundError."""
+
+        def numbers() -> list[int]:
+            self._info(name)
+            return sorted(v.number for v in self._engine.registry.versions if v.name == name)
+
+        return self._loop.call(numbers)
+
+    def rollback(self, name: str, number: int) -> AdapterInfo:
+        """Make an older version, still in memory (`EngineConfig.keep_versions`), the one that answers as `name`.
+
+        Requests under way end on the version they began with. The version before stays in memory as after a publish; a
+        job that is still training `name` will publish over it.
+
+        Raises:
+            AdapterNotFoundError: no adapter of this name, or that version is gone; nothing changed.
+        """
+
+        def back() -> AdapterInfo:
+            self._engine.registry.rollback(name, number)
+            return self._info(name)
+
+        return self._loop.call(back)
 
     def export_adapter(self, model: str, directory: str | os.PathLike[str], *, overwrite: bool = False) -> str:
         """Write a served version as a PEFT directory; returns its digest (sha256).
@@ -360,6 +400,10 @@ class Runtime:
         eval_data: Data | None = None,
         start_from: str | None = None,
         callbacks: Sequence[JobCallback] = (),
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 50,
+        checkpoints_to_keep: int = 2,
+        resume: bool = False,
     ) -> FinetuneHandle:
         """Start training an adapter; its rows join the steps that answer requests. Returns at once.
 
@@ -369,9 +413,13 @@ class Runtime:
             data, eval_data: records, or the path of a file of them.
             start_from: continue from a served adapter (same LoraSpec) instead of fresh weights.
             callbacks: called with each `JobEvent` on a thread of their own; what they raise cannot fail the job.
+            checkpoint_dir: this job's own directory of checkpoints, one every `checkpoint_every` optimizer steps, one
+                at the job's end and one when the runtime is closed; the newest `checkpoints_to_keep` stay.
+            resume: go on, bit for bit, from the newest good checkpoint in `checkpoint_dir` (a fresh job where there is
+                none). Settings, data and base must be those it was made with; `start_from` counts only when fresh.
 
         Raises:
-            DataError, AdapterError, ConfigError, OutOfAdapterMemoryError: before anything has changed.
+            DataError, AdapterError, ConfigError, CheckpointError, OutOfAdapterMemoryError: nothing was started.
         """
         training = _given(training, TrainingConfig, "training") or TrainingConfig()
         if not isinstance(callbacks, Sequence):
@@ -384,17 +432,38 @@ class Runtime:
         limit = min(training.max_seq_len, self.max_context)
         examples = encode_examples(_records(data), self.tokenizer, limit)
         evals = encode_examples(_records(eval_data), self.tokenizer, limit) if eval_data is not None else ()
+        place = _checkpoint_config(checkpoint_dir, checkpoint_every, checkpoints_to_keep, resume)
         handle = FinetuneHandle(self._engine, self._loop, callbacks)
-
-        def start() -> None:
-            handle.attach(self._engine.jobs.start(name, spec, training, examples, evals, handle.listen, start_from))
-
+        job = NewJob(name=name, spec=spec, config=training, examples=examples, eval_examples=evals)
         try:
-            self._loop.call(start)
+            self._start(handle, job, start_from, place)
         except BaseException:
             handle.discard()
             raise
         return handle
+
+    def _start(
+        self, handle: FinetuneHandle, new: NewJob, start_from: str | None, place: CheckpointConfig | None
+    ) -> None:
+        """Start the job, or take it up from its newest checkpoint, and tie `handle` to it."""
+        saver, image = open_checkpoints(self._engine, handle, place, new) if place else (None, None)
+        listen, jobs = (saver or handle).listen, self._engine.jobs
+
+        def start() -> None:
+            if image is not None:
+                handle.attach(jobs.resume(image, listen))
+            else:
+                data = (new.examples, new.eval_examples)
+                handle.attach(jobs.start(new.name, new.spec, new.config, *data, listen, start_from))
+            if saver is not None:
+                self._savers = [*(pair for pair in self._savers if pair[0].is_open), (saver, handle.job)]
+
+        try:
+            self._loop.call(start)
+        except BaseException:
+            if saver is not None:
+                saver.close()
+            raise
 
     def _spec_of(self, model: str) -> LoraSpec:
         return self._loop.call(lambda: self._engine.registry.resolve(model).spec)
@@ -443,6 +512,16 @@ def _given(value: T | None, kind: type[T], name: str) -> T | None:
     if value is not None and not isinstance(value, kind):
         raise ConfigError(f"{name} is {type(value).__name__}: must be {kind.__name__}, or None for its defaults")
     return value
+
+
+def _checkpoint_config(
+    directory: str | os.PathLike[str] | None, every: int, keep: int, resume: bool
+) -> CheckpointConfig | None:
+    if directory is None:
+        if resume:
+            raise ConfigError("resume=True needs the checkpoint_dir to go on from")
+        return None
+    return CheckpointConfig(directory=_path(directory), every=every, keep=keep, resume=resume)
 
 
 def _path(directory: str | os.PathLike[str]) -> Path:

@@ -12,12 +12,12 @@ import pytest
 SRC = Path(__file__).parents[2] / "src" / "loquetier"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "config", "engine.rows"),
+    ("errors", "config", "engine.rows", "failpoints"),
     ("kernels",),
     ("adapters", "base"),
     ("training",),
     ("engine",),
-    ("generation", "finetuning", "virtual", "runtime"),
+    ("generation", "finetuning", "checkpointing", "virtual", "runtime"),
     ("cli", "cli_validate", "validate_view", "doctor", "demo", "server", "bench", "cluster", "__main__", ""),
 )
 """Lowest first. A module may import its own layer and those below. The last entry, "", is the package itself."""

@@ -22,16 +22,26 @@ class RegistryMachine(RuleBasedStateMachine):
 
     acquired = Bundle("acquired")
 
-    @initialize()
-    def start(self) -> None:
+    @initialize(keep=st.sampled_from([0, 1, 3]))
+    def start(self, keep: int) -> None:
         self.freed: list[int] = []
-        self.registry = AdapterRegistry(BASE, self.freed.append)
+        self.keep = keep
+        self.registry = AdapterRegistry(BASE, self.freed.append, keep)
+        self.kept: list[AdapterVersion] = []
         self.live: dict[str, AdapterVersion] = {}
         self.made: list[AdapterVersion] = []
         self.users: dict[AdapterVersion, int] = {}
         self.numbers: dict[str, int] = {}
 
+    def _retired(self, version: AdapterVersion) -> None:
+        self.kept.append(version)
+        same = sorted((v for v in self.kept if v.name == version.name), key=lambda v: v.number)
+        for old in same[: max(0, len(same) - self.keep)]:
+            self.kept.remove(old)
+
     def _made(self, name: str, version: AdapterVersion) -> None:
+        if name in self.live:
+            self._retired(self.live[name])
         self.numbers[name] = self.numbers.get(name, 0) + 1
         assert (version.name, version.number) == (name, self.numbers[name])
         self.live[name] = version
@@ -57,6 +67,31 @@ class RegistryMachine(RuleBasedStateMachine):
                 self.registry.remove(name)
         else:
             assert self.registry.remove(name) is self.live.pop(name)
+            self.kept = [v for v in self.kept if v.name != name]
+
+    @rule(data=st.data())
+    def rollback(self, data: st.DataObject) -> None:
+        if not self.made:
+            return
+        wanted = data.draw(st.sampled_from(self.made))
+        if wanted.name not in self.live or wanted.slot in self.freed:
+            with pytest.raises(AdapterNotFoundError):
+                self.registry.rollback(wanted.name, wanted.number)
+            return
+        assert self.registry.rollback(wanted.name, wanted.number) is wanted
+        old, self.live[wanted.name] = self.live[wanted.name], wanted
+        self.kept = [v for v in self.kept if v is not wanted]
+        if old is not wanted:
+            self._retired(old)
+
+    @rule()
+    def make_room(self) -> None:
+        idle = [v for v in self.kept if not self.users.get(v, 0)]
+        assert self.registry.drop_oldest_kept() is bool(idle)
+        if idle:
+            dropped = [v for v in idle if v.slot in self.freed]
+            assert len(dropped) == 1, "one slot, no more"
+            self.kept.remove(dropped[0])
 
     @rule(target=acquired, name=names)
     def acquire(self, name: str) -> AdapterVersion | None:
@@ -94,7 +129,7 @@ class RegistryMachine(RuleBasedStateMachine):
             return
         self.registry.check_integrity()
         assert len(set(self.freed)) == len(self.freed), "a slot was freed twice"
-        alive = {v.slot for v in self.made if v in self.live.values() or self.users.get(v, 0)}
+        alive = {v.slot for v in self.made if v in (*self.live.values(), *self.kept) or self.users.get(v, 0)}
         assert set(self.freed) == {v.slot for v in self.made} - alive
         assert {v.slot for v in self.registry.versions} == alive
         assert set(self.registry.names) == self.live.keys()
@@ -132,6 +167,23 @@ def test_an_old_version_answers_by_number_while_it_is_used() -> None:
     assert freed == [0]
     with pytest.raises(AdapterNotFoundError):
         registry.resolve("math@1")
+
+
+def test_rolling_back_and_forth() -> None:
+    freed: list[int] = []
+    registry = AdapterRegistry(BASE, freed.append, keep_versions=2)
+    for slot in range(5):
+        registry.publish("math", slot, LoraSpec())
+    assert freed == [0, 1] and registry.resolve("math").number == 5
+    assert registry.rollback("math", 3) is registry.resolve("math") and registry.resolve("math@5").slot == 4
+    assert registry.publish("math", 5, LoraSpec()).number == 6, "a number is never reused"
+    assert freed == [0, 1, 2], "of 3, 4 and 5 the last two stay"
+    registry.rollback("math", 5)
+    registry.check_integrity()
+    with pytest.raises(AdapterNotFoundError, match=r"version 3 of 'math'.*there are: 4, 5, 6.*keep_versions \(now 2\)"):
+        registry.rollback("math", 3)
+    registry.remove("math")
+    assert sorted(freed) == [0, 1, 2, 3, 4, 5] and registry.versions == []
 
 
 def test_numbers_are_not_reused_after_unloading() -> None:

@@ -7,7 +7,7 @@ by side without padding, and an optimizer sees one flat tensor. The budget is by
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +67,8 @@ class Arena:
         self._next_slot = 0
         self.factors: dict[int, dict[int, Factors]] = {}
         """slot -> module index -> views: what the kernels read."""
+        self.reclaim: Callable[[], bool] = lambda: False
+        """Asked for a slot less when memory runs out; False when nothing can be given up."""
 
     @property
     def total_bytes(self) -> int:
@@ -88,7 +90,9 @@ class Arena:
             OutOfAdapterMemoryError: no free run is long enough; nothing changed.
         """
         size = -(-num_elements(modules) // ALIGN) * ALIGN
-        run = next((r for r in self._free if r.size >= size), None)
+        run = self._find(size)
+        while run is None and self.reclaim():
+            run = self._find(size)
         if run is None:
             largest = max((r.size for r in self._free), default=0) * self.itemsize
             raise OutOfAdapterMemoryError(
@@ -103,6 +107,9 @@ class Arena:
             self._buffer[run.start : run.start + size].zero_()
         self.factors[slot] = factor_views(self.flat(slot), modules)
         return slot
+
+    def _find(self, size: int) -> _Run | None:
+        return next((r for r in self._free if r.size >= size), None)
 
     def free(self, slot: int) -> int:
         """Give a slot back, zeroed so that no later tenant can see it; returns the bytes freed."""

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from loquetier.adapters.durable import fsync_directory, write_file
 from loquetier.adapters.peft_config import adapter_digest, render_config
 from loquetier.adapters.peft_keys import expected_factors
 from loquetier.adapters.safetensors_check import encode_header
@@ -70,10 +70,10 @@ def write_adapter(
         metadata = {"format": "pt"}
         if isinstance(spec.target_modules, str):
             metadata[TARGETS_METADATA] = spec.target_modules
-        weights_sha256 = _write_file(temporary / WEIGHTS_NAME, _encode(tensors, metadata))
+        weights_sha256 = write_file(temporary / WEIGHTS_NAME, _encode(tensors, metadata))
         config = json.dumps(render_config(spec, modules, base_name), indent=2) + "\n"
-        _write_file(temporary / CONFIG_NAME, [config.encode("ascii")])
-        _fsync_directory(temporary)
+        write_file(temporary / CONFIG_NAME, [config.encode("ascii")])
+        fsync_directory(temporary)
         _move_into_place(temporary, directory, overwrite)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -114,18 +114,6 @@ def _encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Itera
         yield tensors[name].cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def _write_file(path: Path, chunks: Iterable[bytes]) -> bytes:
-    """Write a new file and make it durable. Returns the sha256 of its bytes."""
-    sha256 = hashlib.sha256()
-    with open(path, "xb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-            sha256.update(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    return sha256.digest()
-
-
 def _check_place(directory: Path, overwrite: bool) -> None:
     if not os.path.lexists(directory):
         return
@@ -151,14 +139,6 @@ def _move_into_place(temporary: Path, directory: Path, overwrite: bool) -> None:
         if old is not None:
             os.rename(old, directory)
         raise
-    _fsync_directory(directory.parent)
+    fsync_directory(directory.parent)
     if old is not None:
         shutil.rmtree(old)
-
-
-def _fsync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

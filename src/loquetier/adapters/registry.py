@@ -33,6 +33,8 @@ class AdapterVersion:
     digest: str | None = field(default=None)
     """sha256 of layout and weights, filled in when first asked for: hashing between two steps would cost more than
     the publish itself."""
+    is_kept: bool = field(default=False)
+    """Not live, and kept all the same so that it can be rolled back to."""
 
     @property
     def label(self) -> str:
@@ -59,10 +61,12 @@ class AdapterRegistry:
 
     Args:
         base_name: the name under which the bare base answers.
-        free_slot: called with a slot when its version's last user has left and it is no longer live.
+        free_slot: called with a slot when its version's last user has left and it is neither live nor kept.
+        keep_versions: of each name, this many versions before the live one stay resident while memory allows.
     """
 
-    def __init__(self, base_name: str, free_slot: Callable[[int], object]) -> None:
+    def __init__(self, base_name: str, free_slot: Callable[[int], object], keep_versions: int = 0) -> None:
+        self._keep_versions = keep_versions
         self._base = AdapterVersion(base_name, 0, BASE_SLOT, LoraSpec())
         self._free_slot = free_slot
         self._live: dict[str, AdapterVersion] = {}
@@ -76,7 +80,7 @@ class AdapterRegistry:
 
     @property
     def versions(self) -> list[AdapterVersion]:
-        """Every version with a slot: live ones, and old ones that requests still use."""
+        """Every version with a slot: live ones, and old ones that requests still use or that are kept."""
         return [*self._live.values(), *self._retired]
 
     def resolve(self, model: str) -> AdapterVersion:
@@ -107,7 +111,7 @@ class AdapterRegistry:
         if version.users <= 0:
             raise IntegrityError(f"{version.label}: released more often than acquired")
         version.users -= 1
-        if version.users == 0 and not version.is_live:
+        if version.users == 0 and not version.is_live and not version.is_kept:
             self._retired.remove(version)
             self._free_slot(version.slot)
 
@@ -150,14 +154,54 @@ class AdapterRegistry:
             raise AdapterNotFoundError(f"no adapter {name[:140]!r} is loaded; there are: {known}")
         version = self._live.pop(name)
         self._retire(version)
+        for kept in [v for v in self._retired if v.name == name and v.is_kept]:
+            self._drop(kept)
         return version
 
+    def rollback(self, name: str, number: int) -> AdapterVersion:
+        """Make a resident version of `name` the live one again; the one that was live stays as `publish` leaves it.
+
+        Raises:
+            AdapterNotFoundError: no adapter of this name, or that version is not resident (any more).
+        """
+        if name not in self._live:
+            known = ", ".join(self._live) or "none"
+            raise AdapterNotFoundError(f"no adapter {name[:140]!r} is loaded; there are: {known}")
+        there = sorted((v for v in self.versions if v.name == name), key=lambda v: v.number)
+        version = next((v for v in there if v.number == number), None)
+        if version is None:
+            raise AdapterNotFoundError(
+                f"version {number} of {name!r} is not in memory; there are: {', '.join(str(v.number) for v in there)}. "
+                f"EngineConfig.keep_versions (now {self._keep_versions}) decides how many stay."
+            )
+        if not version.is_live:
+            old = self._live[name]
+            self._retired.remove(version)
+            version.is_live, version.is_kept = True, False
+            self._live[name] = version
+            self._retire(old)
+        return version
+
+    def drop_oldest_kept(self) -> bool:
+        """Give up the kept version that has waited longest and that no request uses. False when there is none."""
+        oldest = next((v for v in self._retired if v.is_kept and v.users == 0), None)
+        if oldest is not None:
+            self._drop(oldest)
+        return oldest is not None
+
     def _retire(self, version: AdapterVersion) -> None:
-        version.is_live = False
+        version.is_live, version.is_kept = False, True
+        self._retired.append(version)
+        kept = sorted((v for v in self._retired if v.name == version.name and v.is_kept), key=lambda v: v.number)
+        for old in kept[: max(0, len(kept) - self._keep_versions)]:
+            self._drop(old)
+
+    def _drop(self, version: AdapterVersion) -> None:
+        """No longer kept: its slot is freed now, or when its last user leaves."""
+        version.is_kept = False
         if version.users == 0:
+            self._retired.remove(version)
             self._free_slot(version.slot)
-        else:
-            self._retired.append(version)
 
     def check_integrity(self) -> None:
         """Live and retired are disjoint, slots are distinct, counts are sane. Raises IntegrityError."""
@@ -168,5 +212,5 @@ class AdapterRegistry:
             if not version.is_live or version.users < 0:
                 raise IntegrityError(f"registry: {version.label} is live={version.is_live} with {version.users} users")
         for version in self._retired:
-            if version.is_live or version.users <= 0:
+            if version.is_live or version.users < 0 or (version.users == 0 and not version.is_kept):
                 raise IntegrityError(f"registry: retired {version.label} has {version.users} users")

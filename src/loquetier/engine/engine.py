@@ -6,6 +6,7 @@ Everything here runs on one thread; `loquetier.runtime` owns that thread and han
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from loquetier.errors import (
     LoquetierError,
     OutOfKVMemoryError,
 )
+from loquetier.failpoints import fail_points
 
 log = logging.getLogger("loquetier.engine")
 
@@ -93,14 +95,15 @@ class Engine:
         # ten times its float32 ones there, and what is served is then to the bit what was trained.
         adapter_dtype = torch.float32 if base.device.type == "cpu" else base.dtype
         self.arena = Arena(config.adapter_memory, adapter_dtype, base.device)
-        self.registry = AdapterRegistry(base.name, self.arena.free)
+        self.registry = AdapterRegistry(base.name, self.arena.free, config.keep_versions)
+        self.arena.reclaim = self.registry.drop_oldest_kept
         self.allocator = BlockAllocator(num_pages, config.page_size)
         self.scheduler = Scheduler(config, self.allocator, self.max_context)
         head_module = next((t.index for t in base.targets if t.layer is None), None)
         self.serving = Serving(base, self.scheduler, self.registry, self.max_context, head_module)
         self.trainer = Trainer(base, self.arena, head_module)
         self.adapters = AdapterShelf(self.arena, self.registry)
-        self.jobs = Jobs(self.trainer, self.registry)
+        self.jobs = Jobs(self.trainer, self.registry, fail_points(os.environ))
         self.totals = Totals()
 
     # --- the step ---

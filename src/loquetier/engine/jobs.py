@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 from loquetier.adapters.arena import num_elements
@@ -20,6 +20,7 @@ from loquetier.config import TrainingConfig
 from loquetier.engine.rows import TrainItem
 from loquetier.engine.trainer import JobListener, Trainer
 from loquetier.errors import ConfigError, LoquetierError, OutOfAdapterMemoryError
+from loquetier.failpoints import FailPoint, no_fail_point
 from loquetier.training.data import Example, check_examples
 from loquetier.training.job import EvalResult, EvalTask, FinetuneJob, JobImage, JobStatus, StepRecord
 from loquetier.training.optimizer import AdapterOptimizer
@@ -33,6 +34,7 @@ class Jobs:
 
     trainer: Trainer
     registry: AdapterRegistry
+    fail_point: FailPoint = no_fail_point
     publishes: int = 0
     publish_seconds: float = 0.0
     """Time spent publishing, over all publishes."""
@@ -54,14 +56,9 @@ class Jobs:
 
     def _after_optimizer_step(self, job: FinetuneJob, record: StepRecord) -> None:
         if job.is_published_now:
-            try:
-                self._publish(job)
-            except OutOfAdapterMemoryError as error:
-                # Training goes on and the old version keeps serving. The last weights are never lost: when the job
-                # ends, its own slot becomes the version (see `_release`).
-                log.warning("step %d of %s is not published: %s", record.step, job.name, error)
-                self._unpublished.add(job.job_id)
+            self._publish_if_room(job)
         self._listeners[job.job_id](job, record)
+        self.fail_point("job.after_step")
         if job.is_eval_due:
             self._evaluate_in_training(job)
         elif job.num_steps == job.total_steps:
@@ -110,13 +107,8 @@ class Jobs:
         if eval_examples:
             check_examples(eval_examples, self.trainer.base.vocab_size)
         modules = resolve_modules(spec, self.trainer.base.targets)
-        source = self._same_layout(start_from, modules) if start_from is not None else None
-        slot = self._allocate_for_training(modules)
+        slot = self._fresh_slot(modules, config.seed) if start_from is None else self._copied_slot(modules, start_from)
         with self._freed_on_error(slot):
-            if source is not None:
-                self.trainer.arena.flat(slot).copy_(self.trainer.arena.flat(source))
-            else:
-                initialize_slot(self.trainer.arena.factors[slot], modules, config.seed)
             optimizer = AdapterOptimizer(self.trainer.arena.flat(slot), modules, config)
             job = FinetuneJob(next(self._ids), name, spec, config, examples, eval_examples, slot, optimizer)
         return self._enter(job, listener)
@@ -155,10 +147,45 @@ class Jobs:
             job.restore(image)
         return self._enter(job, listener)
 
+    def resume(self, image: JobImage, listener: JobListener) -> FinetuneJob:
+        """`restore` a checkpoint and run it, and make up for what its last step may still owe.
+
+        That is: its publish (nothing is served after a restart), its evaluation, the job's end. Errors as `start`.
+        """
+        job = self.restore(replace(image, status=JobStatus.RUNNING), listener)
+        if job.num_steps and job.is_published_now:
+            self._publish_if_room(job)
+        if job.num_steps and job.is_eval_due and job.history[-1].evaluation is None:
+            self._evaluate_in_training(job)
+        elif job.num_steps == job.total_steps:
+            self._end(job, JobStatus.SUCCEEDED)
+        self._release()
+        return job
+
+    def _fresh_slot(self, modules: tuple[ModulePlan, ...], seed: int) -> int:
+        slot = self._allocate_for_training(modules)
+        with self._freed_on_error(slot):
+            initialize_slot(self.trainer.arena.factors[slot], modules, seed)
+        return slot
+
+    def _copied_slot(self, modules: tuple[ModulePlan, ...], model: str) -> int:
+        source = self._same_layout(model, modules)
+        # In use while it is copied: making room may give up versions that are only kept.
+        version = self.registry.acquire(model)
+        try:
+            slot = self._allocate_for_training(modules)
+            with self._freed_on_error(slot):
+                self.trainer.arena.flat(slot).copy_(self.trainer.arena.flat(source))
+        finally:
+            self.registry.release(version)
+        return slot
+
     def _allocate_for_training(self, modules: tuple[ModulePlan, ...]) -> int:
         """A slot to train in, if there is room for the first publish beside it."""
         arena = self.trainer.arena
         slot = arena.allocate(modules)
+        while arena.free_bytes < arena.slot_bytes(slot) and arena.reclaim():
+            pass
         if arena.free_bytes < arena.slot_bytes(slot):
             needed, free = 2 * arena.slot_bytes(slot), arena.free_bytes + arena.slot_bytes(slot)
             arena.free(slot)
@@ -236,8 +263,18 @@ class Jobs:
 
         self.trainer.evaluations[task.task_id] = (task, finish)
 
+    def _publish_if_room(self, job: FinetuneJob) -> None:
+        try:
+            self._publish(job)
+        except OutOfAdapterMemoryError as error:
+            # Training goes on and the old version keeps serving. The last weights are never lost: when the job
+            # ends, its own slot becomes the version (see `_release`).
+            log.warning("step %d of %s is not published: %s", job.num_steps, job.name, error)
+            self._unpublished.add(job.job_id)
+
     def _publish(self, job: FinetuneJob) -> None:
         """The weights in training become a new served version: one copy between two steps, then the name moves."""
+        self.fail_point("job.before_publish")
         started = time.perf_counter()
         slot = self.trainer.arena.allocate(self.trainer.arena.modules(job.slot), zeroed=False)
         self.trainer.arena.flat(slot).copy_(self.trainer.arena.flat(job.slot))
@@ -247,6 +284,7 @@ class Jobs:
         self.publish_seconds += time.perf_counter() - started
 
     def _end(self, job: FinetuneJob, status: JobStatus, error: LoquetierError | None = None) -> None:
+        self.fail_point("job.before_end")
         job.move(status)
         job.error = error
         self._listeners[job.job_id](job, None)

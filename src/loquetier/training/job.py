@@ -285,9 +285,14 @@ class FinetuneJob:
         return record
 
     def image(self) -> JobImage:
-        """A copy of everything, on the CPU; only between a tape's end and the next one's start."""
-        assert not self.has_open_rows and self.evaluation is None
-        optimizer = self.optimizer
+        """A copy of everything, on the CPU. Between two tapes it is complete.
+
+        While rows are between their forward and backward, the optimizer step under way is left out and will be drawn
+        again: its gradient starts from zero, so the result is the same. A running evaluation is left out too: who
+        restores starts it again.
+        """
+        optimizer, is_partial = self.optimizer, self.has_open_rows
+        grad = optimizer.grad.cpu().clone()
         return JobImage(
             name=self.name,
             spec=self.spec,
@@ -296,13 +301,13 @@ class FinetuneJob:
             eval_examples=self.eval_examples,
             status=self.status,
             history=tuple(self.history),
-            num_draws=self._num_draws,
-            todo=tuple(item.item_id for item in self._todo),
-            step_labels=self._step_labels,
-            step_rows=self._step_rows,
-            sums=replace(self._sums),
+            num_draws=self._num_draws - is_partial,
+            todo=() if is_partial else tuple(item.item_id for item in self._todo),
+            step_labels=0 if is_partial else self._step_labels,
+            step_rows=0 if is_partial else self._step_rows,
+            sums=LossSum() if is_partial else replace(self._sums),
             master=optimizer.master.detach().cpu().clone(),
-            grad=optimizer.grad.cpu().clone(),
+            grad=grad.zero_() if is_partial else grad,
             moments={name: tensor.cpu().clone() for name, tensor in optimizer.state().items()},
         )
 

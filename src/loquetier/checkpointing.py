@@ -1,0 +1,195 @@
+"""A job's checkpoints while it runs: copied on the engine's thread between two tapes, written on another one."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from loquetier.adapters.spec import LoraSpec, ModulePlan, resolve_modules
+from loquetier.config import TrainingConfig
+from loquetier.engine.engine import Engine
+from loquetier.engine.trainer import JobListener
+from loquetier.errors import CheckpointError
+from loquetier.finetuning import FinetuneHandle
+from loquetier.training.checkpoint import JobIdentity, write_checkpoint
+from loquetier.training.checkpoint_dir import CheckpointConfig, CheckpointDirectory
+from loquetier.training.checkpoint_state import DataDigest
+from loquetier.training.example import Example
+from loquetier.training.job import FinetuneJob, JobImage, JobStatus, StepRecord
+
+log = logging.getLogger("loquetier.jobs")
+
+
+class CheckpointSaver:
+    """Stands between a job and its listener, and saves the job every so many steps, at its end, and when asked to.
+
+    Args:
+        directory: open; closed here when the job has ended.
+        held: the image that the job goes on from, which is on the disk already.
+        inner: who else is told. Of the job's end it is told when the last checkpoint is on the disk.
+        errors: what failed writes raised; a failed write costs a checkpoint, never the job.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        directory: CheckpointDirectory,
+        identity: JobIdentity,
+        held: JobImage | None,
+        inner: JobListener,
+        errors: list[Exception],
+    ) -> None:
+        self._directory, self._identity, self._inner = directory, identity, inner
+        self._base_name, self._fail_point = engine.base.name, engine.jobs.fail_point
+        self._modules: tuple[ModulePlan, ...] = resolve_modules(identity.spec, engine.base.targets)
+        self._place = _place(held) if held else None
+        self._writer = _Writer(self._write, errors)
+
+    def listen(self, job: FinetuneJob, record: StepRecord | None) -> None:
+        """The job's listener; engine thread only."""
+        if job.status.is_final:
+            # A failed job's state may be the reason of its failure: the last periodic checkpoint is the good one.
+            is_kept = job.status in (JobStatus.SUCCEEDED, JobStatus.CANCELLED)
+            self._writer.finish(job.image() if is_kept else None, lambda: self._ended(job))
+            return
+        self._inner(job, record)
+        is_complete = record is not None and (record.evaluation is not None or not job.is_eval_due)
+        is_last = job.num_steps == job.total_steps
+        if is_complete and not is_last and job.num_steps % self._directory.config.every == 0:
+            self._writer.put(job.image())
+
+    def save(self, job: FinetuneJob) -> None:
+        """One more checkpoint, of a job that goes on or is about to be closed; engine thread only."""
+        self._writer.put(job.image())
+
+    @property
+    def is_open(self) -> bool:
+        """False when the job has ended and its last checkpoint is written."""
+        return self._writer.is_alive
+
+    def close(self) -> None:
+        """Wait until everything is written; only when the job has ended, or could not be started."""
+        self._writer.finish(None, self._directory.close)
+        self._writer.join()
+
+    def _ended(self, job: FinetuneJob) -> None:
+        self._directory.close()
+        self._inner(job, None)
+
+    def _write(self, image: JobImage) -> None:
+        if _place(image) == self._place:
+            return  # closed, or ended, right after a checkpoint
+
+        def write(path: Path) -> None:
+            write_checkpoint(
+                path,
+                image,
+                self._modules,
+                base_name=self._base_name,
+                base_fingerprint=self._identity.base_fingerprint,
+                data=self._identity.data,
+                fail_point=self._fail_point,
+            )
+
+        self._directory.add(len(image.history), write)
+        self._place = _place(image)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewJob:
+    """What a job is, before it has a slot."""
+
+    name: str
+    spec: LoraSpec
+    config: TrainingConfig
+    examples: tuple[Example, ...]
+    eval_examples: tuple[Example, ...]
+
+
+def open_checkpoints(
+    engine: Engine, handle: FinetuneHandle, config: CheckpointConfig, job: NewJob
+) -> tuple[CheckpointSaver, JobImage | None]:
+    """The saver of a job that is about to start, and the image to go on from, if there is one and it is wanted.
+
+    Raises:
+        ConfigError: the directory is in use, holds checkpoints nobody asked for, or those of another job.
+        CheckpointError: all checkpoints are damaged, or the directory cannot be written.
+        AdapterError: the spec does not fit the base.
+    """
+    identity = JobIdentity(
+        name=job.name,
+        spec=job.spec,
+        config=job.config,
+        data=DataDigest.of(job.examples, job.eval_examples),
+        base_fingerprint=engine.base.fingerprint,
+    )
+    try:
+        directory = CheckpointDirectory(config, engine.jobs.fail_point)
+    except OSError as error:
+        raise CheckpointError(f"cannot use checkpoint_dir={str(config.directory)!r}: {error.strerror}") from error
+    try:
+        found = directory.newest(engine.base.targets, identity, job.examples, job.eval_examples)
+        image, handle.resumed = found or (None, None)
+        saver = CheckpointSaver(engine, directory, identity, image, handle.listen, handle.checkpoint_errors)
+    except BaseException:
+        directory.close()
+        raise
+    return saver, image
+
+
+def _place(image: JobImage) -> tuple[object, ...]:
+    """Where a job is: two images of one job at one place are the same."""
+    return (image.history, image.num_draws, image.todo)
+
+
+class _Writer:
+    """One thread and a queue of one: the newest image replaces one that still waits."""
+
+    def __init__(self, write: Callable[[JobImage], None], errors: list[Exception]) -> None:
+        self._write, self._errors = write, errors
+        self._changed = threading.Condition()
+        self._waiting: JobImage | None = None
+        self._at_end: Callable[[], None] | None = None
+        self._thread = threading.Thread(target=self._run, name="loquetier-checkpoints", daemon=True)
+        self._thread.start()
+
+    def put(self, image: JobImage) -> None:
+        """Write `image` soon; never waits."""
+        with self._changed:
+            self._waiting = image
+            self._changed.notify()
+
+    def finish(self, image: JobImage | None, at_end: Callable[[], None]) -> None:
+        """Write what waits, or rather `image` if given, then call `at_end` and end."""
+        with self._changed:
+            self._waiting = image or self._waiting
+            self._at_end = self._at_end or at_end
+            self._changed.notify()
+
+    @property
+    def is_alive(self) -> bool:
+        """True until the end was reached."""
+        return self._thread.is_alive()
+
+    def join(self) -> None:
+        """Wait for the thread's end; call `finish` first."""
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting is not None or self._at_end is not None)
+                image, self._waiting = self._waiting, None
+                at_end = self._at_end
+            if image is not None:
+                try:
+                    self._write(image)
+                except Exception as error:  # told, and the job goes on
+                    log.exception("a checkpoint of job %s could not be written", image.name)
+                    self._errors.append(error)
+            if at_end is not None:
+                at_end()
+                return

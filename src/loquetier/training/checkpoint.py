@@ -1,0 +1,228 @@
+"""One checkpoint of a job: a directory that is there completely or not at all, and that says when it is damaged.
+
+    adapter_config.json, adapter_model.safetensors   float32 master weights, as stock PEFT loads them
+    optimizer.safetensors                            Adam's moments and the gradient accumulated so far, flat
+    trainer_state.json                               everything else, with the digest of every file
+
+A job draws from no global random generator: its seed, its place in the data and its step are all that chance needs.
+The examples are not stored, only their digest: who resumes brings the same data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import safetensors
+import safetensors.torch
+import torch
+import transformers
+from torch import Tensor
+
+import loquetier
+from loquetier.adapters.arena import factor_views, num_elements
+from loquetier.adapters.durable import fsync_directory, write_file
+from loquetier.adapters.peft_io import read_adapter
+from loquetier.adapters.peft_write import CONFIG_NAME, WEIGHTS_NAME, write_adapter
+from loquetier.adapters.spec import LinearTarget, LoraSpec, ModulePlan, resolve_modules
+from loquetier.config import TrainingConfig
+from loquetier.errors import AdapterError, AdapterMismatchError, CheckpointError, ConfigError
+from loquetier.failpoints import FailPoint, no_fail_point
+from loquetier.training.checkpoint_state import (
+    DataDigest,
+    canonical,
+    decode_image,
+    decode_spec,
+    differences,
+    encode_image,
+)
+from loquetier.training.example import Example
+from loquetier.training.job import JobImage
+
+STATE_NAME: Final = "trainer_state.json"
+OPTIMIZER_NAME: Final = "optimizer.safetensors"
+FORMAT: Final = 1
+_FILES: Final = (CONFIG_NAME, WEIGHTS_NAME, OPTIMIZER_NAME)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobIdentity:
+    """What a job must share with a checkpoint to go on from it."""
+
+    name: str
+    spec: LoraSpec
+    config: TrainingConfig
+    data: DataDigest
+    base_fingerprint: str
+
+
+def write_checkpoint(
+    directory: Path,
+    image: JobImage,
+    modules: tuple[ModulePlan, ...],
+    *,
+    base_name: str,
+    base_fingerprint: str,
+    data: DataDigest,
+    fail_point: FailPoint = no_fail_point,
+) -> None:
+    """Write a new checkpoint: files made durable in a temporary sibling, which is then renamed.
+
+    Args:
+        modules: what `resolve_modules` gives for the image's spec.
+        data: of the image's examples; it is asked for because hashing them takes time, and they never change.
+
+    Raises:
+        CheckpointError: `directory` exists. AdapterError: the weights are not finite.
+        OSError: the disk is full or not writable. In every case nothing is left behind.
+    """
+    if os.path.lexists(directory):
+        raise CheckpointError(f"{str(directory)!r} exists; a checkpoint never replaces anything")
+    temporary = directory.with_name(f".{directory.name}.tmp-{secrets.token_hex(8)}")
+    fail_point("checkpoint.before_write")
+    try:
+        factors = _peft_factors(image.master, modules)
+        write_adapter(temporary, spec=image.spec, modules=modules, factors=factors, base_name=base_name)
+        fail_point("checkpoint.after_weights")
+        tensors = {"grad": image.grad} | {f"moments.{name}": tensor for name, tensor in image.moments.items()}
+        write_file(temporary / OPTIMIZER_NAME, [safetensors.torch.save(tensors)])
+        fail_point("checkpoint.after_optimizer")
+        state = {
+            "format": FORMAT,
+            "job": encode_image(image),
+            "data": asdict(data),
+            "base": {"name": base_name, "fingerprint": base_fingerprint},
+            "environment": environment(),
+            "files": {name: _sha256(temporary / name) for name in _FILES},
+        }
+        text = json.dumps({"sha256": _state_digest(state), "state": state}, indent=1, allow_nan=False)
+        write_file(temporary / STATE_NAME, [text.encode("ascii"), b"\n"])
+        fsync_directory(temporary)
+        fail_point("checkpoint.before_rename")
+        os.rename(temporary, directory)
+        fsync_directory(directory.parent)
+        fail_point("checkpoint.after_rename")
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def environment() -> dict[str, Any]:
+    """What a bit-exact resume must not change: versions, machine type, threads."""
+    return {
+        "loquetier": loquetier.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def read_checkpoint(
+    directory: Path,
+    targets: Sequence[LinearTarget],
+    identity: JobIdentity,
+    examples: tuple[Example, ...],
+    eval_examples: tuple[Example, ...],
+) -> tuple[JobImage, list[str]]:
+    """Read a checkpoint back, completely checked.
+
+    Returns:
+        The image, and what differs in the environment: with a difference, equal bits are not promised.
+
+    Raises:
+        CheckpointError: torn, corrupted, or of an unknown format: an older one may be good.
+        ConfigError: it belongs to a job with other settings, data or base; every difference is named.
+    """
+    state = _verified_state(directory)
+    _check_identity(directory, state, identity)
+    try:
+        spec = decode_spec(state["job"]["spec"])
+        weights = read_adapter(directory, targets)
+        tensors = safetensors.torch.load((directory / OPTIMIZER_NAME).read_bytes())
+        modules = resolve_modules(spec, targets)
+        image = decode_image(
+            state["job"],
+            examples=examples,
+            eval_examples=eval_examples,
+            master=_flat(weights.factors, modules),
+            grad=tensors.pop("grad"),
+            moments={name.removeprefix("moments."): tensor for name, tensor in tensors.items()},
+        )
+    except (AdapterError, KeyError, OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"checkpoint {str(directory)!r}: {error}") from error
+    return image, differences("environment", environment(), state["environment"])
+
+
+def _verified_state(directory: Path) -> dict[str, Any]:
+    """The state of a checkpoint all of whose bytes are those that were written."""
+    label = f"checkpoint {str(directory)!r}"
+    try:
+        outer = json.loads((directory / STATE_NAME).read_bytes())
+        state: dict[str, Any] = outer["state"]
+        if outer["sha256"] != _state_digest(state):
+            raise CheckpointError(f"{label}: {STATE_NAME} does not have the digest that it names: it is damaged")
+        if state["format"] != FORMAT:
+            raise CheckpointError(f"{label}: format {state['format']!r}; this version reads format {FORMAT}")
+        for name in _FILES:
+            if _sha256(directory / name) != state["files"][name]:
+                raise CheckpointError(f"{label}: {name} does not have the digest it was written with: it is damaged")
+    except OSError as error:
+        raise CheckpointError(f"{label}: {error}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{label}: {STATE_NAME} cannot be read ({error}): it is damaged") from error
+    return state
+
+
+def _check_identity(directory: Path, state: Mapping[str, Any], identity: JobIdentity) -> None:
+    job = state["job"]
+    found = differences("job", {"name": identity.name}, {"name": job["name"]})
+    found += differences("training", asdict(identity.config), job["config"])
+    found += differences("lora", asdict(identity.spec), job["spec"])
+    found += differences("data", asdict(identity.data), state["data"])
+    fingerprint = {"fingerprint": identity.base_fingerprint}
+    found += differences("base", fingerprint, {"fingerprint": state["base"]["fingerprint"]})
+    if found:
+        raise ConfigError(
+            f"checkpoint {str(directory)!r} belongs to another job: {'; '.join(found)}. Give the same settings, data "
+            "and base to go on from it, or another checkpoint_dir to begin anew."
+        )
+
+
+def _peft_factors(master: Tensor, modules: tuple[ModulePlan, ...]) -> dict[str, tuple[Tensor, Tensor]]:
+    """By path, A ``[r, in]`` and B ``[out, r]``."""
+    views = factor_views(master, modules)
+    return {m.target.path: (views[m.target.index].a_RK, views[m.target.index].b_RN.T.contiguous()) for m in modules}
+
+
+def _flat(factors: Mapping[str, tuple[Tensor, Tensor]], modules: tuple[ModulePlan, ...]) -> Tensor:
+    flat = torch.empty(num_elements(modules))
+    views = factor_views(flat, modules)
+    for module in modules:
+        a_RK, b_NR = factors[module.target.path]
+        if a_RK.dtype != torch.float32 or b_NR.dtype != torch.float32:
+            raise AdapterMismatchError(f"{module.target.path}: {a_RK.dtype} weights; a checkpoint holds float32")
+        views[module.target.index].a_RK.copy_(a_RK)
+        views[module.target.index].b_RN.copy_(b_NR.T)
+    return flat
+
+
+def _state_digest(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical(state)).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
