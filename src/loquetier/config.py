@@ -101,10 +101,10 @@ class SamplingParams:
         _check(_in(self.top_p, 0, 1) and self.top_p > 0, "top_p", self.top_p, "must be in (0, 1]")
         _check(_in(self.min_p, 0, 1), "min_p", self.min_p, "must be in [0, 1]")
         _check(
-            _in(self.repetition_penalty, 0, 1e6) and self.repetition_penalty > 0,
+            _in(self.repetition_penalty, 0, 3e38) and self.repetition_penalty > 0,
             "repetition_penalty",
             self.repetition_penalty,
-            "must be in (0, 1e6]",
+            "must be a finite number > 0",
         )
         _check(_in(self.presence_penalty, -2, 2), "presence_penalty", self.presence_penalty, "must be in [-2, 2]")
         _check(_in(self.frequency_penalty, -2, 2), "frequency_penalty", self.frequency_penalty, "must be in [-2, 2]")
