@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -101,7 +102,7 @@ class SamplingParams:
         _check(_in(self.top_p, 0, 1) and self.top_p > 0, "top_p", self.top_p, "must be in (0, 1]")
         _check(_in(self.min_p, 0, 1), "min_p", self.min_p, "must be in [0, 1]")
         _check(
-            _in(self.repetition_penalty, 0, 3e38) and self.repetition_penalty > 0,
+            _in(self.repetition_penalty, 0, sys.float_info.max) and self.repetition_penalty > 0,
             "repetition_penalty",
             self.repetition_penalty,
             "must be a finite number > 0",
