@@ -257,6 +257,14 @@ class EngineConfig:
     """Layers of backward per step while requests are running; with no traffic the whole backward runs in one step."""
     step_time_budget: float | None = None
     """Seconds a step may take while requests are running (from --slo-tpot); None = the fixed limits."""
+    tape: Literal["auto", "graph", "replay"] = "auto"
+    """What a training forward keeps: "graph" = every layer's graph (fastest), "replay" = layer inputs, K and V only
+    (bounded memory, shorter units, a second forward), "auto" = graph while it fits `train_memory` and
+    `step_time_budget`."""
+    train_memory: int | None = None
+    """Bytes that the graph tape may take with tape="auto"; None = a quarter of the free memory."""
+    train_window: int = 512
+    """Most rows of one backward unit of the replay tape."""
     max_context: int | None = None
     """Cap on the model's own context length."""
     keep_versions: int = 0
@@ -271,7 +279,8 @@ class EngineConfig:
             self.device,
             "must be auto, cpu, cuda or cuda:N",
         )
-        for name in ("page_size", "max_rows", "max_prefill_rows", "max_train_rows", "max_sequences"):
+        _check(self.tape in ("auto", "graph", "replay"), "tape", self.tape, "must be auto, graph or replay")
+        for name in ("page_size", "max_rows", "max_prefill_rows", "max_train_rows", "max_sequences", "train_window"):
             value = getattr(self, name)
             _check(_is_int(value) and value >= 1, name, value, "must be an integer >= 1")
         _check(
@@ -286,7 +295,7 @@ class EngineConfig:
             self.keep_versions,
             "must be an integer >= 0",
         )
-        for name in ("kv_memory", "adapter_memory"):
+        for name in ("kv_memory", "adapter_memory", "train_memory"):
             value = getattr(self, name)
             _check(
                 value is None or (_is_int(value) and value >= MIB),
@@ -335,4 +344,12 @@ def resolve(config: EngineConfig, hardware: Hardware) -> EngineConfig:
     cap = hardware.free_memory if on_gpu else 4096 * MIB
     kv_memory = config.kv_memory or max(MIB, min(cap, hardware.free_memory // 4))
     adapter_memory = config.adapter_memory or max(MIB, min(cap // 2, hardware.free_memory // 8))
-    return replace(config, device=device, dtype=dtype, kv_memory=kv_memory, adapter_memory=adapter_memory)
+    train_memory = config.train_memory or max(MIB, hardware.free_memory // 4)
+    return replace(
+        config,
+        device=device,
+        dtype=dtype,
+        kv_memory=kv_memory,
+        adapter_memory=adapter_memory,
+        train_memory=train_memory,
+    )

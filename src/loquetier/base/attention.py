@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from loquetier.base.context import StepContext
+from loquetier.base.replayed_attention import replayed_rows
 from loquetier.errors import EngineError, UnsupportedModelError
 from loquetier.kernels.attention import MaskRule, decode_attention, span_attention
 
@@ -46,6 +47,11 @@ def unified_attention(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     rule = MaskRule(sliding_window, softcap)
     q_HMD, k_KMD, v_KMD = query[0], key[0], value[0]
+    if step.replay:
+        out_HMD = torch.cat(replayed_rows(q_HMD, k_KMD, v_KMD, scale, rule, step.replay), dim=1)
+        return out_HMD.transpose(0, 1)[None], None
+    if step.cuts is not None:
+        step.cuts.keep_kv(k_KMD, v_KMD)
     parts = _train_rows(q_HMD, k_KMD, v_KMD, scale, rule, step)
     with torch.no_grad():
         q_HMD, k_KMD, v_KMD = q_HMD.detach(), k_KMD.detach(), v_KMD.detach()
@@ -61,7 +67,7 @@ def _train_rows(q: Tensor, k: Tensor, v: Tensor, scale: float, rule: MaskRule, s
     num_train = step.num_train
     if num_train == 0:
         return []
-    if num_train < step.num_rows:  # SDPA keeps its inputs: a view would keep the inference rows too
+    if num_train < step.num_rows and q.requires_grad:  # SDPA keeps its inputs: a view would keep the inference rows too
         q, k, v = (t[:, :num_train].clone() for t in (q, k, v))
     return [span_attention(q[:, a:b], k[:, a:b], v[:, a:b], scale, rule) for a, b in step.spans if b <= num_train]
 

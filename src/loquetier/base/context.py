@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -50,12 +50,40 @@ class DecodeRows:
         return self._masks[window]
 
 
-class LayerCuts(Protocol):
-    """A tape, as the layers see it: called with each layer's input, returns what the layer shall run on."""
+class LayerCall(NamedTuple):
+    """How the model called a decoder layer, beside its hidden states."""
 
-    def cut(self, layer: int, hidden_1MD: Tensor) -> Tensor:
-        """Detach the graph at this layer's input, so that backward can run one layer at a time."""
+    step: StepContext
+    args: tuple[Any, ...]
+    """Positional arguments after the hidden states."""
+    kwargs: dict[str, Any]
+
+
+class LayerCuts(Protocol):
+    """A tape, as the layers see it: told of each layer's input, K and V, and output."""
+
+    def cut(self, layer: int, hidden_1MD: Tensor, call: LayerCall) -> Tensor:
+        """Detach the graph at this layer's input; returns what the layer shall run on (same values)."""
         ...
+
+    def keep_kv(self, k_KMD: Tensor, v_KMD: Tensor) -> None:
+        """K and V of all rows, as the attention of the layer that is running got them."""
+        ...
+
+    def leave(self, layer: int, hidden_1MD: Tensor) -> Tensor:
+        """This layer's output; returns what the model shall go on with (same values)."""
+        ...
+
+
+class ReplaySpan(NamedTuple):
+    """Rows ``[start, stop)`` of a replayed window follow ``past`` rows of the same example."""
+
+    start: int
+    stop: int
+    past_kv: tuple[Tensor, Tensor] | None
+    """K and V of the example's rows before these, ``[K, past, D]`` each, leaves of this window's graph."""
+    later_grads: tuple[Tensor, Tensor] | None
+    """Gradients that later windows gave to these rows' K and V, ``[K, stop - start, D]`` each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +109,8 @@ class StepContext:
     fresh_pages: Tensor | None = None
     """Pages whose first token is among those rows: cleared before they are written."""
     cuts: LayerCuts | None = None
+    replay: tuple[ReplaySpan, ...] = ()
+    """Set when one layer runs again on a window of TRAIN rows, for its backward; every row is in one span."""
 
     @cached_property
     def train_segments(self) -> tuple[Segment, ...]:

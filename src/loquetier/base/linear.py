@@ -129,6 +129,11 @@ class VirtualLinear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
         self._group, self._member = group, member
 
+    @property
+    def group(self) -> LinearGroup:
+        """The linears that share its GEMM, and keep one input together."""
+        return self._group
+
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features] -> [..., out_features]``."""
         return self._group.member_output(x, self._member)

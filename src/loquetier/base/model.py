@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from loquetier.adapters.spec import LinearTarget
 from loquetier.base.attention import ATTENTION_NAME, STEP_KEYWORD, register
 from loquetier.base.context import Binding, StepContext
+from loquetier.base.footprint import graph_row_bytes
 from loquetier.base.kv_cache import KVCache
 from loquetier.base.loading import LoadedBase
 from loquetier.base.support import check_supported, decoder_layers, decoder_stack, linear_targets
@@ -48,10 +49,13 @@ class Base:
         self._binding = Binding()
         register()
         layers = list(decoder_layers(model))
+        self._layers = layers
         swap_linears(model, self.targets, self._binding)
         limit_row_modules(model, layers, self._binding)
         cut_layers(layers, self._binding)
         model.set_attn_implementation(ATTENTION_NAME)
+        self.graph_row_bytes = graph_row_bytes(layers, self.config, self.head_dim, self.dtype.itemsize)
+        """Bytes that a graph tape keeps per TRAIN row, estimated from the layers' shapes."""
         self._stack = decoder_stack(model)
         self._head = _head_only(model, self._stack)
 
@@ -102,6 +106,22 @@ class Base:
             self._binding.step = None
         hidden_MD: Tensor = out.last_hidden_state[0]
         return hidden_MD
+
+    def run_layer(
+        self, layer: int, hidden_1nD: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], step: StepContext
+    ) -> Tensor:
+        """One decoder layer alone, with its graph, on the rows that `step` describes -> ``[1, n, D]``.
+
+        `args` and `kwargs` are what the model gives this layer beside the hidden states, cut to these rows.
+        """
+        self._binding.step = step
+        try:
+            with torch.enable_grad():
+                out = self._layers[layer](hidden_1nD, *args, **kwargs, **{STEP_KEYWORD: step})
+        finally:
+            self._binding.step = None
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
 
     def logits(self, hidden_ND: Tensor, step: StepContext) -> Tensor:
         """Logits ``[N, V]`` of some rows: lm_head and whatever the model does after it (softcap, scaling).

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loquetier.adapters.spec import LinearTarget
-from loquetier.base.context import Binding
+from loquetier.base.context import Binding, LayerCall
 from loquetier.base.linear import LinearGroup, VirtualLinear
 from loquetier.base.rowwise import make_row_limited
 
@@ -103,9 +103,10 @@ def _limited_mlp(module: nn.Module, binding: Binding) -> Any:
 
 
 def cut_layers(layers: Sequence[nn.Module], binding: Binding) -> None:
-    """Give each decoder layer's input to the step's tape, when there is one."""
+    """Tell the step's tape, when there is one, of each decoder layer's input and output."""
     for number, layer in enumerate(layers):
         layer.register_forward_pre_hook(_cut_hook(number, binding), with_kwargs=True)
+        layer.register_forward_hook(_leave_hook(number, binding))
 
 
 def _cut_hook(number: int, binding: Binding) -> Any:
@@ -114,7 +115,23 @@ def _cut_hook(number: int, binding: Binding) -> Any:
         if step is None or step.cuts is None:
             return None
         if args:
-            return (step.cuts.cut(number, args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": step.cuts.cut(number, kwargs["hidden_states"])}
+            return (step.cuts.cut(number, args[0], LayerCall(step, args[1:], kwargs)), *args[1:]), kwargs
+        rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        return args, {
+            **rest,
+            "hidden_states": step.cuts.cut(number, kwargs["hidden_states"], LayerCall(step, (), rest)),
+        }
+
+    return hook
+
+
+def _leave_hook(number: int, binding: Binding) -> Any:
+    def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        step = binding.step
+        if step is None or step.cuts is None:
+            return None
+        if isinstance(output, tuple):
+            return (step.cuts.leave(number, output[0]), *output[1:])
+        return step.cuts.leave(number, output)
 
     return hook

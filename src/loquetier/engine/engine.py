@@ -132,7 +132,9 @@ class Engine:
     def _schedule(self) -> StepPlan:
         trainer = self.trainer
         limits = TrainLimits(
-            units_per_tape=self.base.num_layers, open_tape_rows=trainer.tape.num_train if trainer.tape else 0
+            units_per_tape=self.base.num_layers,
+            open_tape_rows=trainer.tape.unit_rows if trainer.tape else 0,
+            graph_row_bytes=self.base.graph_row_bytes,
         )
         return self.scheduler.schedule(trainer.train_items(), trainer.eval_items(), trainer.open_units, limits)
 
@@ -140,7 +142,7 @@ class Engine:
         trainer, serving = self.trainer, self.serving
         sampled = batch = None
         if plan.num_rows:
-            cuts = trainer.open_tape(plan)
+            cuts = trainer.open_tape(plan, self.config.train_window)
             batch = build_batch(plan, trainer.example_of, self.arena.factors, trainer.grads(), self.cache, cuts)
             hidden_MD = self.base.hidden(batch.ids_M, batch.positions_M, batch.step)
             sampled = serving.sample(batch, hidden_MD)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from loquetier.config import EngineConfig
 from loquetier.engine.cost import StepCostModel, StepFeatures
-from loquetier.engine.rows import Sequence, TrainItem
+from loquetier.engine.rows import REPLAY_COST, Sequence, TapeKind, TrainItem
 
 ALL_UNITS = 1 << 30
 """More units than any tape has."""
@@ -24,9 +24,13 @@ class TrainLimits:
     """What the engine knows of its tapes and the scheduler does not."""
 
     units_per_tape: int = ALL_UNITS
-    """Units that a tape opened by this step's TRAIN rows would have."""
+    """Units that a graph tape opened by this step's TRAIN rows would have: the layers. A replay tape has as many for
+    each of its windows."""
     open_tape_rows: int = 0
-    """TRAIN rows of the open tape; 0 = none is open, or unknown (then units follow the fixed limit)."""
+    """Rows that a unit of the open tape costs (`unit_rows`); 0 = none is open, or unknown (then units follow the
+    fixed limit)."""
+    graph_row_bytes: int = 0
+    """Bytes that a graph tape keeps per TRAIN row; 0 = unknown, memory does not decide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,10 @@ class TrainShare:
     items: tuple[TrainItem, ...] = ()
     """In the order of their turns."""
     backward_units: int = 0
+    tape: TapeKind = "graph"
+    """The tape that `items` open."""
+    unit_rows: int = 0
+    """Rows that each of `backward_units` costs."""
 
 
 def admission_order(seq: Sequence) -> tuple[int, int]:
@@ -141,6 +149,7 @@ def training_share(
 ) -> TrainShare:
     """Which TRAIN items start and how many backward units run, given what serving already has of the step.
 
+    - The tape is chosen with the items: `tape_for`.
     - An open tape is finished before another is opened: items only when ``open_units == 0``.
     - No request running or waiting: up to `max_train_rows` rows, and every unit.
     - Traffic, no step time budget (or a cost model without data): up to `max_train_rows` rows and
@@ -160,17 +169,42 @@ def training_share(
     limits = limits or TrainLimits()
     chosen = () if open_units else _items_to_open(items, room)
     units = open_units or (limits.units_per_tape if chosen else 0)
-    if not room.has_traffic or units == 0:
-        return TrainShare(chosen, units)
     rows = sum(item.num_rows for item in chosen)
-    tape_rows = rows or limits.open_tape_rows
+    tape = tape_for(rows, room, limits)
+    tape_rows = unit_rows(tape, rows, room.config.train_window) if chosen else limits.open_tape_rows
+    if chosen and tape == "replay":
+        units *= -(-rows // room.config.train_window)
+    if not room.has_traffic or units == 0:
+        return TrainShare(chosen, units, tape, tape_rows)
     load = replace(room.load, train_rows=rows)
     allowed = room.largest_that_fits(lambda n: replace(load, backward_rows=n * tape_rows), units) if tape_rows else None
     if allowed is None:
         allowed = min(units, room.config.backward_units_while_serving)
     if allowed == 0 and not chosen and room.is_overdue:
         allowed = 1
-    return TrainShare(chosen, allowed)
+    return TrainShare(chosen, allowed, tape, tape_rows)
+
+
+def tape_for(rows: int, room: StepRoom, limits: TrainLimits) -> TapeKind:
+    """The tape for a forward with so many TRAIN rows.
+
+    What the settings name; with "auto" the graph tape, which is faster, unless it would take more than `train_memory`,
+    or one of its units (a layer over all rows) alone would break the step time budget of the traffic.
+    """
+    config = room.config
+    if config.tape != "auto":
+        return config.tape
+    if config.train_memory is not None and rows * limits.graph_row_bytes > config.train_memory:
+        return "replay"
+    if room.budget is None or rows <= config.train_window:
+        return "graph"
+    seconds = room.cost.predict(replace(room.load, backward_rows=rows))
+    return "replay" if seconds is not None and seconds > room.budget else "graph"
+
+
+def unit_rows(tape: TapeKind, rows: int, window: int) -> int:
+    """Work of one unit of a tape of so many TRAIN rows, in rows going backward through one layer of a graph tape."""
+    return rows if tape == "graph" else REPLAY_COST * min(window, rows)
 
 
 def _items_to_open(items: SequenceOf[TrainItem], room: StepRoom) -> tuple[TrainItem, ...]:

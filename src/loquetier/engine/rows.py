@@ -9,9 +9,16 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import Literal
 
 BASE_SLOT = -1
 """Slot number of rows that run on the bare base model: they have no LoRA cost."""
+
+
+TapeKind = Literal["graph", "replay"]
+"""What a training forward keeps for its backward: every layer's graph, or layer inputs, K and V to run layers again."""
+REPLAY_COST = 2
+"""Work of a row in a unit of the replay tape against the graph tape's: the layer's forward runs again."""
 
 
 class RowKind(enum.IntEnum):
@@ -105,6 +112,8 @@ class StepPlan:
     backward_units: int = 0
     """How many units of the open tape may run in this step, at most (the tape opened by this step's own
     TRAIN rows included)."""
+    tape: TapeKind = "graph"
+    """The tape that this step's TRAIN rows open, if there are any."""
     preempted: tuple[Sequence, ...] = ()
     """Sequences that lost their pages while planning; already back in the waiting queue."""
 

@@ -334,9 +334,8 @@ class Scheduler:
         )
         share = training_share(train, self._room(plan, 0, self._train_turn), open_units, limits)
         self._train_turn.record(bool(train or open_units), bool(share.backward_units), share.items)
-        plan = replace(plan, train=_ordered(share.items), backward_units=share.backward_units)
-        tape_rows = sum(item.num_rows for item in share.items) or limits.open_tape_rows
-        items = evaluation_share(evaluate, self._room(plan, share.backward_units * tape_rows, self._eval_turn))
+        plan = replace(plan, train=_ordered(share.items), backward_units=share.backward_units, tape=share.tape)
+        items = evaluation_share(evaluate, self._room(plan, share.backward_units * share.unit_rows, self._eval_turn))
         self._eval_turn.record(bool(evaluate), False, items)
         return replace(plan, evaluate=_ordered(items))
 

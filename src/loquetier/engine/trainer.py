@@ -16,6 +16,7 @@ from loquetier.kernels.reference import Factors
 from loquetier.training.data import Example
 from loquetier.training.job import EvalResult, EvalTask, FinetuneJob, JobStatus, StepRecord
 from loquetier.training.loss import linear_cross_entropy
+from loquetier.training.replay import ReplayTape
 from loquetier.training.tape import GraphTape
 
 JobListener = Callable[[FinetuneJob, StepRecord | None], None]
@@ -33,7 +34,7 @@ class Trainer:
     jobs: dict[int, FinetuneJob] = field(default_factory=dict)
     """Jobs that still hold a slot, by id."""
     evaluations: dict[int, tuple[EvalTask, Callable[[EvalResult | LoquetierError], None]]] = field(default_factory=dict)
-    tape: GraphTape | None = None
+    tape: GraphTape | ReplayTape | None = None
 
     @property
     def has_work(self) -> bool:
@@ -60,8 +61,11 @@ class Trainer:
         job = self.jobs[item.job_id]
         return job.example(item.item_id), job.row_weight
 
-    def open_tape(self, plan: StepPlan) -> GraphTape | None:
-        """A tape for the plan's TRAIN rows, or None when it has none. Marks its items as taken."""
+    def open_tape(self, plan: StepPlan, window: int) -> GraphTape | ReplayTape | None:
+        """A tape for the plan's TRAIN rows, or None when it has none. Marks its items as taken.
+
+        `window`: most rows of a replay tape's unit.
+        """
         for task, _ in self.evaluations.values():
             task.take(sum(item.job_id == task.task_id for item in plan.evaluate))
         if not plan.train:
@@ -72,7 +76,11 @@ class Trainer:
         slots = {item.slot for item in plan.train}
         layers = [m.target.layer for s in slots for m in self.arena.modules(s)]
         first = min((layer for layer in layers if layer is not None), default=self.base.num_layers)
-        self.tape = GraphTape(plan.train, sum(item.num_rows for item in plan.train), first)
+        num_train, base = sum(item.num_rows for item in plan.train), self.base
+        if plan.tape == "replay":
+            self.tape = ReplayTape(plan.train, num_train, base.run_layer, base.num_layers, window, first)
+        else:
+            self.tape = GraphTape(plan.train, num_train, first)
         return self.tape
 
     def grads(self) -> Mapping[int, Mapping[int, Factors]]:
@@ -108,13 +116,16 @@ class Trainer:
         return grad_TD
 
     def backward(self, units: int) -> int:
-        """Run up to `units` of the open tape; returns rows times units that ran. Closes the tape at the last."""
+        """Run up to `units` of the open tape; returns units that ran times a unit's cost in rows.
+
+        Closes the tape at the last.
+        """
         if self.tape is None:
             return 0
         ran = min(units, self.tape.units_left)
         for _ in range(ran):
             self.tape.run_unit()
-        rows = ran * self.tape.num_train
+        rows = ran * self.tape.unit_rows
         if self.tape.units_left == 0:
             for job in self.jobs.values():
                 job.finish_items(sum(item.job_id == job.job_id for item in self.tape.items))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from loquetier.base.context import LayerCall
 from loquetier.engine.rows import TrainItem
 
 
@@ -46,7 +47,12 @@ class GraphTape:
         """Units until every gradient of this tape is complete."""
         return len(self._units)
 
-    def cut(self, layer: int, hidden_1MD: Tensor) -> Tensor:
+    @property
+    def unit_rows(self) -> int:
+        """What a unit costs, in rows going backward through one layer."""
+        return self.num_train
+
+    def cut(self, layer: int, hidden_1MD: Tensor, call: LayerCall | None = None) -> Tensor:
         """Called by the base with each layer's input; returns what the layer shall run on (same values)."""
         if layer < self._first_layer:
             return hidden_1MD.detach()
@@ -57,6 +63,13 @@ class GraphTape:
         leaf = (train_1TD.clone() if partial else train_1TD).requires_grad_()
         self._units.append(_Unit(leaf))
         return torch.cat([leaf, hidden_1MD.detach()[:, self.num_train :]], dim=1) if partial else leaf
+
+    def keep_kv(self, k_KMD: Tensor, v_KMD: Tensor) -> None:
+        """Nothing to do: the layer's graph keeps what it needs."""
+
+    def leave(self, layer: int, hidden_1MD: Tensor) -> Tensor:
+        """Nothing to do: the next cut, or `close`, takes the edge."""
+        return hidden_1MD
 
     def _end_layer(self, hidden_1MD: Tensor) -> None:
         if self._units:
