@@ -1,7 +1,7 @@
 """The replay tape gives the graph tape's gradients, which are PEFT's, whatever its window, and keeps a bounded amount.
 
-Gradients differ by rounding only: sums run over windows instead of whole examples. Measured 2.1e-6 at most of a factor's
-largest element (float32 rounds at 6e-8); a lost or doubled gradient of K or V shows at 1e-2 and above.
+Gradients differ by rounding only: sums run over windows instead of whole examples. Measured 2.1e-6 at most of a
+factor's largest element (float32 rounds at 6e-8); a lost or doubled gradient of K or V shows at 1e-2 and above.
 """
 
 from __future__ import annotations

@@ -100,6 +100,9 @@ def test_training_ranges(field: str, good: list[Any], bad: list[Any]) -> None:
         ("max_train_rows", [0]),
         ("max_sequences", [0]),
         ("backward_units_while_serving", [0]),
+        ("tape", ["none", None]),
+        ("train_window", [0, 1.5]),
+        ("train_memory", [0, MIB - 1]),
         ("kv_memory", [0, MIB - 1, 1.5 * MIB]),
         ("adapter_memory", [0, MIB - 1]),
         ("max_context", [0, 1]),
@@ -131,7 +134,8 @@ def test_resolve_fills_every_auto() -> None:
 def test_resolve_caps_the_cpu_and_keeps_what_was_asked_for() -> None:
     big = Hardware(has_cuda=False, cpu_bf16_fast=True, free_memory=1 << 40)
     assert (resolve(EngineConfig(), big).kv_memory, resolve(EngineConfig(), big).adapter_memory) == (4 << 30, 2 << 30)
-    asked = EngineConfig(device="cpu", dtype="float32", kv_memory=5 * MIB, adapter_memory=6 * MIB)
+    asked = EngineConfig(device="cpu", dtype="float32", kv_memory=5 * MIB, adapter_memory=6 * MIB, train_memory=7 * MIB)
+    assert resolve(EngineConfig(), big).train_memory == 1 << 38
     assert resolve(asked, GPU) == asked
 
 
@@ -146,6 +150,7 @@ def test_resolve_is_idempotent_and_valid(free: int, cuda: bool, fast: bool) -> N
     once = resolve(EngineConfig(), hardware)
     assert resolve(once, hardware) == once
     assert once.kv_memory is not None and once.kv_memory >= MIB
+    assert once.train_memory is not None and once.train_memory >= MIB
     assert "auto" not in (once.device, once.dtype)
 
 

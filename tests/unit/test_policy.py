@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,9 +19,10 @@ from loquetier.engine.policy import (
     interleave_jobs,
     preemption_victim,
     reserved_pages,
+    tape_for,
     training_share,
 )
-from loquetier.engine.rows import Sequence, TrainItem
+from loquetier.engine.rows import REPLAY_COST, Sequence, TrainItem
 from loquetier.errors import ConfigError
 
 
@@ -62,9 +65,14 @@ def room(
     max_rows: int = 200,
     max_train_rows: int = 100,
     steps_without: int = 0,
+    **more: Any,
 ) -> StepRoom:
     config = EngineConfig(
-        max_rows=max_rows, max_train_rows=max_train_rows, backward_units_while_serving=3, step_time_budget=budget
+        max_rows=max_rows,
+        max_train_rows=max_train_rows,
+        backward_units_while_serving=3,
+        step_time_budget=budget,
+        **more,
     )
     return StepRoom(
         config=config,
@@ -218,3 +226,45 @@ def test_evaluation_never_joins_a_step_that_is_too_long_already() -> None:
 def test_step_time_budget_is_validated(bad: float) -> None:
     with pytest.raises(ConfigError, match="step_time_budget"):
         EngineConfig(step_time_budget=bad)
+
+
+# --- the tape ---
+
+LAYERS = TrainLimits(units_per_tape=30, graph_row_bytes=1 << 20)
+
+
+def test_the_tape_that_the_settings_name() -> None:
+    assert tape_for(10**6, room(tape="graph", train_memory=1 << 20), LAYERS) == "graph"
+    assert tape_for(1, room(tape="replay"), LAYERS) == "replay"
+
+
+def test_auto_is_graph_while_it_fits_train_memory() -> None:
+    tight = room(train_memory=40 << 20)
+    assert [tape_for(rows, tight, LAYERS) for rows in (0, 1, 40, 41)] == ["graph", "graph", "graph", "replay"]
+    assert tape_for(10**6, tight, TrainLimits()) == "graph"  # bytes unknown
+    assert tape_for(10**6, room(), LAYERS) == "graph"  # no limit given
+
+
+def test_auto_is_replay_when_one_graph_unit_breaks_the_time_budget() -> None:
+    # 10 us per backward row beside 4 decode rows (5 ms): 10.1 ms hold about 500 rows of one layer.
+    fast = room(budget=0.0101, cost=COST, train_window=100)
+    assert [tape_for(rows, fast, LAYERS) for rows in (90, 400, 600)] == ["graph", "graph", "replay"]
+    # Without traffic, without data, or when a window would be no shorter than the tape, the graph tape is the better.
+    assert tape_for(600, room(budget=0.0101, cost=COST, train_window=100, traffic=False), LAYERS) == "graph"
+    assert tape_for(600, room(budget=0.0101, train_window=100), LAYERS) == "graph"
+    assert tape_for(600, room(budget=0.0101, cost=COST, train_window=600), LAYERS) == "graph"
+
+
+@pytest.mark.parametrize(("window", "windows"), [(1, 60), (29, 3), (30, 2), (59, 2), (60, 1), (512, 1)])
+def test_a_replay_tape_has_a_unit_per_layer_and_window(window: int, windows: int) -> None:
+    quiet = room(tape="replay", train_window=window, traffic=False, decode=0)
+    share = training_share(items_of(1, 40, 20), quiet, limits=LAYERS)
+    assert (share.tape, share.backward_units) == ("replay", 30 * windows)
+    assert share.unit_rows == REPLAY_COST * min(window, 60)
+
+
+def test_replay_units_fill_the_time_budget() -> None:
+    # As with the graph tape above: 0.1 ms each of 10 rows' window replayed (20 rows' work): 0.2 ms a unit.
+    limits = TrainLimits(open_tape_rows=20)
+    share = training_share([], room(budget=0.0101, cost=COST), open_units=90, limits=limits)
+    assert share.backward_units == 25 and share.unit_rows == 20
