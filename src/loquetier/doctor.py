@@ -96,9 +96,10 @@ def _plan(preset: Preset) -> Iterator[tuple[str, str]]:
         weights = _weight_bytes(directory) // 4 * getattr(torch, config.dtype).itemsize
         yield "weights", _mib(weights)
         config = resolve(EngineConfig(), replace(hardware, free_memory=max(0, hardware.free_memory - weights)))
-    assert config.kv_memory is not None and config.adapter_memory is not None
+    assert config.kv_memory is not None and config.adapter_memory is not None and config.train_memory is not None
     yield "KV cache", f"at most {_mib(config.kv_memory)} (kv_memory)"
     yield "adapters", f"at most {_mib(config.adapter_memory)} (adapter_memory), for serving and training slots"
+    yield "training", f"graph tape up to {_mib(config.train_memory)} (train_memory), replay tape beyond"
 
 
 def _preset_state(preset: Preset) -> str:

@@ -83,7 +83,7 @@ class ReplaySpan(NamedTuple):
     past_kv: tuple[Tensor, Tensor] | None
     """K and V of the example's rows before these, ``[K, past, D]`` each, leaves of this window's graph."""
     later_grads: tuple[Tensor, Tensor] | None
-    """Gradients that later windows gave to these rows' K and V, ``[K, stop - start, D]`` each."""
+    """Gradients that later windows gave to these rows' K and V, ``[K, stop - start, D]`` each, float32 or wider."""
 
 
 @dataclass(frozen=True, kw_only=True)

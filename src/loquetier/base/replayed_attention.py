@@ -45,7 +45,7 @@ class _AddGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (grad,) = ctx.saved_tensors
-        return grad_outputs[0] + grad, None
+        return (grad_outputs[0] + grad).to(grad_outputs[0].dtype), None
 
 
 def _with_gradient(x: Tensor, grad: Tensor) -> Tensor:

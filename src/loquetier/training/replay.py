@@ -202,7 +202,8 @@ class ReplayTape:
             later = self._past_grads.pop(piece.first, None)
             if span.past_kv is None:
                 continue
-            k, v = next(grads), next(grads)
+            # Summed over all later windows: in bfloat16 each addition would round.
+            k, v = (t.float() if t.itemsize < 4 else t for t in (next(grads), next(grads)))
             if later is not None:
                 num_past = k.shape[1]
                 k, v = k + later[0][:, :num_past], v + later[1][:, :num_past]
