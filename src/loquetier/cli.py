@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -262,9 +261,7 @@ def _check_before_training(
 def _load_start(runtime: Runtime, name: str, directory: Path) -> tuple[str, LoraSpec]:
     """Load the adapter to continue from; its name, and its spec as a job can use it."""
     info = runtime.load_adapter(_START if name != _START else f"{_START}-0", directory)
-    if info.spec.dropout:
-        print(f"note: {directory} was trained with dropout {info.spec.dropout}; this training runs without dropout")
-    return info.name, replace(info.spec, dropout=0.0)
+    return info.name, info.spec
 
 
 def _tell_resumed(handle: FinetuneHandle, asked: bool) -> None:

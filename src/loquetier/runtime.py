@@ -427,8 +427,6 @@ class Runtime:
         if training.eval_every and eval_data is None:
             raise ConfigError(f"eval_every={training.eval_every} needs eval_data")
         spec = _given(lora, LoraSpec, "lora") or (LoraSpec() if start_from is None else self._spec_of(start_from))
-        if spec.dropout > 0:
-            raise ConfigError(f"dropout={spec.dropout}: LoRA dropout in training is not supported yet; use dropout=0")
         limit = min(training.max_seq_len, self.max_context)
         examples = encode_examples(_records(data), self.tokenizer, limit)
         evals = encode_examples(_records(eval_data), self.tokenizer, limit) if eval_data is not None else ()

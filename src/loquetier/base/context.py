@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from loquetier.base.kv_cache import KVCache
+from loquetier.kernels.dropout import DropoutRows
 from loquetier.kernels.reference import FactorTable, Segment
 
 
@@ -111,6 +112,8 @@ class StepContext:
     cuts: LayerCuts | None = None
     replay: tuple[ReplaySpan, ...] = ()
     """Set when one layer runs again on a window of TRAIN rows, for its backward; every row is in one span."""
+    dropout: DropoutRows | None = None
+    """None when no train row drops anything: then nothing differs from a step without dropout."""
 
     @cached_property
     def train_segments(self) -> tuple[Segment, ...]:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from loquetier.base.context import Binding, StepContext
 from loquetier.errors import UnsupportedModelError
+from loquetier.kernels.dropout import dropout_backward, dropout_forward
 from loquetier.kernels.reference import smlm_backward, smlm_forward
 
 
@@ -85,7 +86,11 @@ class LinearGroup:
     def add_deltas(self, x_MK: Tensor, y_MN: Tensor, step: StepContext) -> None:
         """``y += delta`` for every segment and member, in place."""
         for m in self.adapted:
-            smlm_forward(x_MK, y_MN[:, m.start : m.stop], m.module, step.segments, step.factors)
+            y_member = y_MN[:, m.start : m.stop]
+            if step.dropout is None:
+                smlm_forward(x_MK, y_member, m.module, step.segments, step.factors)
+            else:
+                dropout_forward(x_MK, y_member, m.module, step.segments, step.factors, step.dropout)
 
 
 class _UnifiedLinear(torch.autograd.Function):
@@ -116,7 +121,11 @@ class _UnifiedLinear(torch.autograd.Function):
             (x_TK,) = ctx.saved_tensors
             for m in group.adapted:
                 dy_member = dy_TN[:, m.start : m.stop]
-                smlm_backward(x_TK, dy_member, dx_TK, m.module, step.train_segments, step.factors, step.grads)
+                where = (m.module, step.train_segments, step.factors, step.grads)
+                if step.dropout is None:
+                    smlm_backward(x_TK, dy_member, dx_TK, *where)
+                else:
+                    dropout_backward(x_TK, dy_member, dx_TK, *where, step.dropout)
         return dx, None, None
 
 

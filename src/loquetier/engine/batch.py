@@ -15,6 +15,7 @@ from loquetier.base.context import DecodeRows, LayerCuts, PrefillSpan, StepConte
 from loquetier.base.kv_cache import TRASH_PAGE, KVCache
 from loquetier.engine.rows import BASE_SLOT, PrefillChunk, StepPlan, TrainItem
 from loquetier.engine.rows import Sequence as TokenSequence
+from loquetier.kernels.dropout import DropoutRows
 from loquetier.kernels.reference import FactorTable, Segment
 from loquetier.training.data import Example
 from loquetier.training.loss import LabelledRows
@@ -59,6 +60,14 @@ class Batch:
     """Chunks whose every row's logits are wanted, with their first row."""
 
 
+@dataclass(frozen=True, slots=True)
+class DropoutPlan:
+    """Dropout of a plan's TRAIN rows, still on the host: rate by slot, and one key per row in row order."""
+
+    rates: dict[int, float]
+    keys: Int64s
+
+
 @dataclass(slots=True)
 class _Draft:
     """Rows collected so far, kind by kind."""
@@ -94,6 +103,7 @@ def build_batch(
     grads: FactorTable,
     cache: KVCache,
     cuts: LayerCuts | None,
+    dropout: DropoutPlan | None = None,
 ) -> Batch:
     """Lay a plan's rows out as ``[TRAIN | EVAL | PREFILL | DECODE]``.
 
@@ -101,6 +111,7 @@ def build_batch(
         example_of: looks a TRAIN or EVAL item up.
         factors, grads: what the step's segments read and accumulate into.
         cuts: the tape that records the TRAIN rows; None when there are none.
+        dropout: of the TRAIN rows; None when none of their jobs drops.
     """
     draft = _Draft()
     train_spans, train_labels = _add_items(draft, plan.train, example_of)
@@ -123,6 +134,7 @@ def build_batch(
     cache_rows, fresh_pages = packed.add(rows), packed.add(rows[rows % cache.page_size == 0] // cache.page_size)
     tables = [packed.add(np.asarray(c.seq.pages, dtype=np.int64)) for c in plan.prefill]
     decode_pages = packed.add(_page_tables(plan.decode))
+    dropout_keys = packed.add(dropout.keys if dropout else _joined([]))
     packed.send()
     decode = None
     if plan.decode:
@@ -144,6 +156,7 @@ def build_batch(
         cache_rows=cache_rows(),
         fresh_pages=fresh_pages(),
         cuts=cuts,
+        dropout=DropoutRows(dropout.rates, dropout_keys()) if dropout else None,
     )
     done = [(c.seq, row + c.length - 1) for c, row in zip(plan.prefill, chunk_rows, strict=True) if _is_last(c)]
     done += [(seq, decode_start + i) for i, seq in enumerate(plan.decode)]
@@ -175,6 +188,7 @@ def head_step(step: StepContext, rows: Int64s, head_module: int | None, *, with_
         segments=tuple(segments),
         factors=step.factors,
         grads=step.grads,
+        dropout=step.dropout.at(rows) if with_grad and step.dropout else None,
     )
 
 

@@ -142,8 +142,10 @@ class Engine:
         trainer, serving = self.trainer, self.serving
         sampled = batch = None
         if plan.num_rows:
-            cuts = trainer.open_tape(plan, self.config.train_window)
-            batch = build_batch(plan, trainer.example_of, self.arena.factors, trainer.grads(), self.cache, cuts)
+            cuts, dropout = trainer.open_tape(plan, self.config.train_window), trainer.dropout(plan)
+            batch = build_batch(
+                plan, trainer.example_of, self.arena.factors, trainer.grads(), self.cache, cuts, dropout
+            )
             hidden_MD = self.base.hidden(batch.ids_M, batch.positions_M, batch.step)
             sampled = serving.sample(batch, hidden_MD)
             trainer.losses(batch, hidden_MD)

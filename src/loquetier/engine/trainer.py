@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 from torch import Tensor
 
 from loquetier.adapters.arena import Arena
 from loquetier.base.model import Base
-from loquetier.engine.batch import Batch, Int64s, Labels, head_step
+from loquetier.engine.batch import Batch, DropoutPlan, Int64s, Labels, head_step
 from loquetier.engine.rows import StepPlan, TrainItem
 from loquetier.errors import LoquetierError
+from loquetier.kernels.dropout import row_keys
 from loquetier.kernels.reference import Factors
 from loquetier.training.data import Example
 from loquetier.training.job import EvalResult, EvalTask, FinetuneJob, JobStatus, StepRecord
@@ -82,6 +84,19 @@ class Trainer:
         else:
             self.tape = GraphTape(plan.train, num_train, first)
         return self.tape
+
+    def dropout(self, plan: StepPlan) -> DropoutPlan | None:
+        """Dropout of the plan's TRAIN rows, or None when none of their jobs drops anything."""
+        dropping = {i: job for i, job in self.jobs.items() if job.spec.dropout > 0}
+        if not any(item.job_id in dropping for item in plan.train):
+            return None
+        keys = [
+            row_keys(job.config.seed, job.num_draws, item.item_id, item.num_rows)
+            if (job := dropping.get(item.job_id)) is not None
+            else np.zeros(item.num_rows, dtype=np.int64)
+            for item in plan.train
+        ]
+        return DropoutPlan({job.slot: job.spec.dropout for job in dropping.values()}, np.concatenate(keys))
 
     def grads(self) -> Mapping[int, Mapping[int, Factors]]:
         """Gradient buffers of every job's slot."""

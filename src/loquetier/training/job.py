@@ -192,6 +192,11 @@ class FinetuneJob:
         return len(self.history)
 
     @property
+    def num_draws(self) -> int:
+        """Optimizer steps whose examples were drawn, the current one included."""
+        return self._num_draws
+
+    @property
     def is_published_now(self) -> bool:
         """Whether the step just done is one to publish."""
         publish, step = self.config.publish, self.num_steps

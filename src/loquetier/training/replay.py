@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -215,8 +216,15 @@ class ReplayTape:
             for s in self._step.segments
             if s.start < stop and s.stop > start
         )
+        dropout = self._step.dropout.at(np.arange(start, stop)) if self._step.dropout else None
         return replace(
-            self._step, num_rows=stop - start, num_train=stop - start, segments=segments, spans=(), replay=spans
+            self._step,
+            num_rows=stop - start,
+            num_train=stop - start,
+            segments=segments,
+            spans=(),
+            replay=spans,
+            dropout=dropout,
         )
 
 

@@ -1,0 +1,129 @@
+"""LoRA dropout as a pure function of where a value lies, so that any replay, split or packing drops the same ones.
+
+PEFT drops elements of a module's input on the LoRA path only: ``delta = scale * dropout(x) @ A^T @ B^T`` with what is
+kept multiplied by ``1 / (1 - p)``. Whether an element is dropped is a hash (SplitMix64, Steele et al. 2014) of job seed,
+draw of the optimizer step, item, row inside the example, module and column. There is no generator state: the backward
+hashes again instead of keeping a mask. ``1 / (1 - p)`` goes into the delta's scale, where bfloat16 does not round it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from loquetier.kernels.reference import Factors, FactorTable, Segment, smlm_backward, smlm_forward
+
+_WORD = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+@dataclass(frozen=True, slots=True)
+class DropoutRows:
+    """Which rows of a step drop, at what rate and by which keys."""
+
+    rates: Mapping[int, float]
+    """Probability by slot; a slot that is not here drops nothing. Only rows ``[0, T)`` are ever dropped."""
+    keys_T: Tensor
+    """One int64 key per TRAIN row, from `row_keys`."""
+
+    def drops(self, segment: Segment) -> bool:
+        """Whether this segment's rows are in training and its job drops. EVAL rows on the same slot are not."""
+        return segment.slot in self.rates and segment.stop <= len(self.keys_T)
+
+    def at(self, rows: npt.NDArray[np.int64]) -> DropoutRows:
+        """The same for a choice of TRAIN rows (what reaches lm_head)."""
+        return DropoutRows(self.rates, self.keys_T[torch.from_numpy(rows).to(self.keys_T.device)])
+
+
+def row_keys(seed: int, draw: int, item: int, num_rows: int, first_row: int = 0) -> npt.NDArray[np.int64]:
+    """Keys ``[num_rows]`` of rows ``first_row, first_row + 1, ...`` of one example in one optimizer step."""
+    key = 0
+    for part in (seed, draw, item):
+        key = _mix_int((key ^ (part & _WORD)) + _GOLDEN)
+    rows = np.arange(first_row + 1, first_row + num_rows + 1, dtype=np.uint64)
+    z = np.uint64(key) + rows * np.uint64(_GOLDEN)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(_MIX_1)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(_MIX_2)
+    return (z ^ (z >> np.uint64(31))).view(np.int64)
+
+
+def dropped_TK(keys_T: Tensor, module: int, width: int, rate: float) -> Tensor:
+    """Boolean ``[T, width]``, True where the LoRA path of `module` shall not see its input.
+
+    Each 64-bit hash decides two neighbouring columns, 32 bits each, so `rate` is met to 2**-32.
+    """
+    pairs = torch.arange(1, (width + 1) // 2 + 1, dtype=torch.int64, device=keys_T.device)
+    z = (keys_T ^ _signed(_mix_int(module + _GOLDEN)))[:, None] + pairs * _signed(_GOLDEN)
+    z = z.bitwise_xor_(_shifted(z, 30)).mul_(_signed(_MIX_1))
+    z = z.bitwise_xor_(_shifted(z, 27)).mul_(_signed(_MIX_2))
+    z = z.bitwise_xor_(_shifted(z, 31))
+    threshold = min(round(rate * 2**32), 2**32 - 1) - 2**31
+    return z.view(torch.int32)[:, :width] < threshold
+
+
+def dropout_forward(
+    x_MK: Tensor, y_MN: Tensor, module: int, segments: Sequence[Segment], table: FactorTable, dropout: DropoutRows
+) -> None:
+    """`smlm_forward` with the train rows of jobs that drop seeing their dropped input."""
+    smlm_forward(x_MK, y_MN, module, [s for s in segments if not dropout.drops(s)], table)
+    for s in segments:
+        if dropout.drops(s) and s.stop > s.start and module in table[s.slot]:
+            mask_sK = _mask(x_MK, s, module, dropout)
+            x_sK = x_MK[s.start : s.stop].masked_fill(mask_sK, 0.0)
+            alone = (Segment(s.slot, 0, s.stop - s.start),)
+            smlm_forward(x_sK, y_MN[s.start : s.stop], module, alone, _rescaled(table, s.slot, module, dropout))
+
+
+def dropout_backward(
+    x_TK: Tensor,
+    dy_TN: Tensor,
+    dx_TK: Tensor,
+    module: int,
+    segments: Sequence[Segment],
+    table: FactorTable,
+    grads: FactorTable,
+    dropout: DropoutRows,
+) -> None:
+    """`smlm_backward` of `dropout_forward`: dA sees the dropped input, dx the masked delta. Arguments as there."""
+    smlm_backward(x_TK, dy_TN, dx_TK, module, [s for s in segments if not dropout.drops(s)], table, grads)
+    for s in segments:
+        if dropout.drops(s) and s.stop > s.start and module in table[s.slot]:
+            mask_sK = _mask(x_TK, s, module, dropout)
+            x_sK = x_TK[s.start : s.stop].masked_fill(mask_sK, 0.0)
+            delta_sK = torch.zeros_like(x_sK)
+            alone = (Segment(s.slot, 0, s.stop - s.start),)
+            rescaled = _rescaled(table, s.slot, module, dropout)
+            smlm_backward(x_sK, dy_TN[s.start : s.stop], delta_sK, module, alone, rescaled, grads)
+            dx_TK[s.start : s.stop] += delta_sK.masked_fill_(mask_sK, 0.0)
+
+
+def _mask(x_TK: Tensor, s: Segment, module: int, dropout: DropoutRows) -> Tensor:
+    return dropped_TK(dropout.keys_T[s.start : s.stop], module, x_TK.shape[1], dropout.rates[s.slot])
+
+
+def _rescaled(table: FactorTable, slot: int, module: int, dropout: DropoutRows) -> dict[int, dict[int, Factors]]:
+    factors = table[slot][module]
+    return {slot: {module: factors._replace(scale=factors.scale / (1.0 - dropout.rates[slot]))}}
+
+
+def _shifted(z: Tensor, bits: int) -> Tensor:
+    """Logical shift right: torch shifts int64 arithmetically."""
+    return (z >> bits).bitwise_and_((1 << (64 - bits)) - 1)
+
+
+def _mix_int(z: int) -> int:
+    z &= _WORD
+    z = ((z ^ (z >> 30)) * _MIX_1) & _WORD
+    z = ((z ^ (z >> 27)) * _MIX_2) & _WORD
+    return z ^ (z >> 31)
+
+
+def _signed(word: int) -> int:
+    """The int64 with the same bits: torch's constants are signed."""
+    return word - (1 << 64) if word >> 63 else word
