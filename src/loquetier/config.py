@@ -153,6 +153,8 @@ class TrainingConfig:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
+    loraplus_lr_ratio: float | None = None
+    """LoRA+ (arXiv 2402.12354): B learns at this many times the rate of A; None = one rate for both."""
     max_grad_norm: float = 1.0
     """Clip the job's own global gradient norm; 0 = never."""
     batch_size: int = 8
@@ -169,12 +171,17 @@ class TrainingConfig:
     """A fresh seeded permutation for each epoch; False = file order."""
     seed: int = 0
     """Seeds the initial weights and the data order."""
-    publish: Literal["every_step", "every_n_steps", "end"] = "every_step"
-    """When the weights in training become a new served version of the job's name."""
+    publish: Literal["every_step", "every_n_steps", "end", "best"] = "every_step"
+    """When the weights in training become a new served version of the job's name; "best": after every evaluation whose
+    loss is lower than all before, so what is served is the best so far (needs evaluation data and eval_every)."""
     publish_every: int = 1
     """Steps between two publishes with publish="every_n_steps"."""
     eval_every: int = 0
     """Optimizer steps between evaluations on the evaluation data, if there is any; 0 = one after the last step."""
+    early_stopping_patience: int | None = None
+    """End the job after this many evaluations in a row without improvement; None = never."""
+    early_stopping_threshold: float = 0.0
+    """An evaluation is an improvement when its loss is lower than the lowest before by more than this."""
 
     def __post_init__(self) -> None:
         _check(
@@ -213,10 +220,10 @@ class TrainingConfig:
             "must be an integer >= 1, or None to let num_epochs decide",
         )
         _check(
-            self.publish in ("every_step", "every_n_steps", "end"),
+            self.publish in ("every_step", "every_n_steps", "end", "best"),
             "publish",
             self.publish,
-            "must be every_step, every_n_steps or end",
+            "must be every_step, every_n_steps, end or best",
         )
         _check(
             _is_int(self.eval_every) and self.eval_every >= 0, "eval_every", self.eval_every, "must be an integer >= 0"
@@ -229,6 +236,39 @@ class TrainingConfig:
         )
         _check_bools(self, "shuffle")
         _check(_is_int(self.seed) and 0 <= self.seed < 2**63, "seed", self.seed, "must be an integer in [0, 2**63)")
+        ratio = self.loraplus_lr_ratio
+        _check(
+            ratio is None or (_in(ratio, 0, 1 / self.learning_rate) and ratio > 0),
+            "loraplus_lr_ratio",
+            ratio,
+            f"must be > 0, and times learning_rate={self.learning_rate} at most 1; or None for one rate",
+        )
+        self._check_evaluation()
+
+    def _check_evaluation(self) -> None:
+        patience, threshold = self.early_stopping_patience, self.early_stopping_threshold
+        _check(
+            patience is None or (_is_int(patience) and patience >= 1),
+            "early_stopping_patience",
+            patience,
+            "must be an integer >= 1, or None to train to the end",
+        )
+        is_finite = _in(threshold, 0, math.inf) and threshold < math.inf
+        _check(is_finite, "early_stopping_threshold", threshold, "must be a finite number >= 0")
+        if patience is None:
+            _check(threshold == 0, "early_stopping_threshold", threshold, "needs early_stopping_patience")
+        for name, value in self.evaluation_users:
+            _check(self.eval_every > 0, name, value, "needs evaluations; set eval_every to a number of steps > 0")
+
+    @property
+    def evaluation_users(self) -> tuple[tuple[str, object], ...]:
+        """Settings (name, value) that mean nothing without evaluations."""
+        found: list[tuple[str, object]] = []
+        if self.early_stopping_patience is not None:
+            found.append(("early_stopping_patience", self.early_stopping_patience))
+        if self.publish == "best":
+            found.append(("publish", self.publish))
+        return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""LoRA dropout in training: PEFT's semantics with our masks, the same however a step is split, never outside training."""
+"""LoRA dropout: PEFT's semantics with our masks, the same however a step is split, never outside training."""
 
 from __future__ import annotations
 

@@ -147,6 +147,24 @@ def test_schedule_decay_clipping_and_order(config: TrainingConfig) -> None:
         expect_equal(engine, job, seen, SHORT)
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_lora_plus_is_pefts(weight_decay: float) -> None:
+    config = TrainingConfig(
+        learning_rate=1e-3,
+        batch_size=3,
+        max_steps=20,
+        loraplus_lr_ratio=8.0,
+        weight_decay=weight_decay,
+        lr_scheduler_type="linear",
+        warmup_ratio=0.1,
+    )
+    with checked(busy_engine()) as engine:
+        job = start(engine, "job", SOME, config, SHORT)
+        seen = watch(engine, job)
+        run(engine, Traffic(engine, seed=3))
+        expect_equal(engine, job, seen, SHORT)
+
+
 # --- gradients of one step ---
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from tests.tiny import EOS, VOCAB, tiny_model, tiny_tokenizer
 from torch import Tensor
 from torch.nn import functional as F
@@ -241,13 +242,18 @@ def peft_gradients(twin: Any, examples: Sequence[Example]) -> Factors:
 def peft_train(twin: Any, examples: Sequence[Example], config: TrainingConfig, total_steps: int) -> list[float]:
     """The loop that everybody writes: one example at a time, torch's AdamW, transformers' schedule. Losses per step."""
     parameters = [p for p in twin.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-    )
+    adam: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+        "weight_decay": config.weight_decay,
+    }
+    if config.loraplus_lr_ratio is None:
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, **adam)
+    else:
+        decay = {"loraplus_weight_decay": adam["weight_decay"]}
+        ratio = config.loraplus_lr_ratio
+        optimizer = create_loraplus_optimizer(twin, torch.optim.AdamW, loraplus_lr_ratio=ratio, **adam, **decay)
     kind = "constant_with_warmup" if config.lr_scheduler_type == "constant" else config.lr_scheduler_type
     warmup = math.ceil(config.warmup_ratio * total_steps)  # TrainingArguments.get_warmup_steps
     schedule = transformers.get_scheduler(kind, optimizer, warmup, total_steps)

@@ -83,7 +83,7 @@ def factors(seed: int, scale: float) -> Factors:
 
 
 def test_forward_and_backward_are_autograds() -> None:
-    """Two segments that drop at different rates, one that does not, and rows beyond the train rows on a slot that does."""
+    """Two segments that drop at different rates, one that does not, and other rows on a slot that does."""
     table = {slot: {0: factors(slot, 0.5 + slot)} for slot in range(3)}
     segments = (Segment(0, 0, 5), Segment(1, 5, 9), Segment(2, 9, 12), Segment(0, 12, 15))
     dropout = DropoutRows({0: 0.3, 2: 0.6}, keys(num_rows=12))

@@ -13,6 +13,7 @@ from loquetier.adapters.spec import LinearTarget, LoraSpec, ModulePlan
 from loquetier.config import TrainingConfig
 from loquetier.errors import JobStateError, TrainingDivergedError
 from loquetier.training.data import Example, batches
+from loquetier.training.ending import divergence
 from loquetier.training.job import EvalResult, EvalTask, FinetuneJob, JobStatus, LossSum
 from loquetier.training.optimizer import AdapterOptimizer
 
@@ -148,22 +149,50 @@ def test_loss_is_the_mean_over_labelled_tokens_not_over_examples() -> None:
 
 
 def test_a_loss_that_is_not_finite_changes_nothing() -> None:
-    job = make_job(TrainingConfig(batch_size=2))
+    job = make_job(TrainingConfig(batch_size=2, num_epochs=9))
     run_step(job)
     before = job.optimizer.master.clone()
-    job.optimizer.grad.fill_(1.0)
-    with pytest.raises(TrainingDivergedError, match=r"'job'.*step 2.*step 1 are kept.*learning_rate \(0.0002\)"):
+    moments = {name: tensor.clone() for name, tensor in job.optimizer.state().items()}
+    for step in (2, 3, 4):
+        assert divergence(job) is None
+        job.optimizer.grad.fill_(1.0)
         run_step(job, nll=math.inf)
-    assert torch.equal(job.optimizer.master, before) and job.num_steps == 1
+        record = job.history[-1]
+        assert (record.step, record.skipped, record.loss) == (step, True, math.inf)
+        assert record.reason == f"loss inf and gradient norm nan at step {step}"
+        assert torch.equal(job.optimizer.master, before) and torch.count_nonzero(job.optimizer.grad) == 0
+        assert all(torch.equal(tensor, moments[name]) for name, tensor in job.optimizer.state().items())
+    error = divergence(job)
+    assert isinstance(error, TrainingDivergedError)
+    for part in ("'job': 3 optimizer steps", "loss inf", "step 4", "step 1 are kept", "learning_rate (0.0002)"):
+        assert part in str(error)
+
+
+def test_a_good_step_between_forgives_and_skipped_ones_keep_the_data_order() -> None:
+    job, quiet = (make_job(TrainingConfig(batch_size=2, num_epochs=9)) for _ in range(2))
+    for bad in (True, True, False, True, True, False):
+        assert run_step(job, nll=math.nan if bad else 2.0) == run_step(quiet)
+        assert divergence(job) is None
+    assert [r.skipped for r in job.history] == [True, True, False] * 2
+    assert job.num_steps == quiet.num_steps == 6 and not any(r.skipped for r in quiet.history)
+    assert [r.learning_rate for r in job.history] == [r.learning_rate for r in quiet.history]
+
+
+def test_a_job_that_ends_without_one_update_has_diverged() -> None:
+    job = make_job(TrainingConfig(batch_size=2, max_steps=2))
+    run_step(job, nll=math.nan)
+    assert divergence(job) is None and not job.is_published_now
+    run_step(job, nll=math.nan)
+    assert "2 optimizer steps" in str(divergence(job)) and "step 0 are kept" in str(divergence(job))
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     job = make_job(TrainingConfig(batch_size=2))
     before = job.optimizer.master.clone()
     job.optimizer.grad[1] = math.nan
-    with pytest.raises(TrainingDivergedError, match="gradient norm nan at step 1"):
-        run_step(job)
-    assert torch.equal(job.optimizer.master, before)
+    run_step(job)
+    assert job.history[0].skipped and "gradient norm nan at step 1" in str(job.history[0].reason)
+    assert torch.equal(job.optimizer.master, before) and job.optimizer.state() == {}
 
 
 def test_loss_sum() -> None:

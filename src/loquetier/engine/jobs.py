@@ -22,6 +22,13 @@ from loquetier.engine.trainer import JobListener, Trainer
 from loquetier.errors import ConfigError, LoquetierError, OutOfAdapterMemoryError
 from loquetier.failpoints import FailPoint, no_fail_point
 from loquetier.training.data import Example, check_examples
+from loquetier.training.ending import (
+    check_evaluation,
+    divergence,
+    improved_now,
+    nothing_to_publish,
+    reason_to_stop,
+)
 from loquetier.training.job import EvalResult, EvalTask, FinetuneJob, JobImage, JobStatus, StepRecord
 from loquetier.training.optimizer import AdapterOptimizer
 
@@ -47,22 +54,31 @@ class Jobs:
         """Hand out finished evaluations; step, publish and end the jobs whose accumulation is complete."""
         for task, done in self.trainer.finished_evaluations():
             done(task.sums.result())
-        for job, outcome in self.trainer.optimize():
-            if isinstance(outcome, LoquetierError):
-                self._end(job, JobStatus.FAILED, outcome)
-                continue
-            self._after_optimizer_step(job, outcome)
+        for job, record in self.trainer.optimize():
+            self._after_optimizer_step(job, record)
         self._release()
 
     def _after_optimizer_step(self, job: FinetuneJob, record: StepRecord) -> None:
-        if job.is_published_now:
+        diverged = divergence(job)
+        if diverged is None and job.is_published_now:
             self._publish_if_room(job)
         self._listeners[job.job_id](job, record)
         self.fail_point("job.after_step")
-        if job.is_eval_due:
+        if diverged is not None:
+            self._end(job, JobStatus.FAILED, diverged)
+        elif job.is_eval_due:
             self._evaluate_in_training(job)
         elif job.num_steps == job.total_steps:
             self._end(job, JobStatus.SUCCEEDED)
+
+    def _publish_if_room(self, job: FinetuneJob) -> None:
+        try:
+            self._publish(job)
+        except OutOfAdapterMemoryError as error:
+            # Training goes on and the old version keeps serving. The last weights are never lost: when the job
+            # ends, its own slot becomes the version (see `_release`).
+            log.warning("step %d of %s is not published: %s", job.num_steps, job.name, error)
+            self._unpublished.add(job.job_id)
 
     def fail(self, plan_items: Iterable[TrainItem], error: LoquetierError) -> None:
         """A step broke: end the jobs and evaluations that took part in it or have rows on the open tape."""
@@ -104,6 +120,7 @@ class Jobs:
         """
         self._check_trainable(name)
         check_examples(examples, self.trainer.base.vocab_size)
+        check_evaluation(config, len(eval_examples))
         if eval_examples:
             check_examples(eval_examples, self.trainer.base.vocab_size)
         modules = resolve_modules(spec, self.trainer.base.targets)
@@ -257,9 +274,10 @@ class Jobs:
                 self._end(job, JobStatus.FAILED, result)
                 return
             job.attach_evaluation(result)
+            if job.config.publish == "best" and improved_now(job.history) and not self._publish_best(job):
+                return
             self._listeners[job.job_id](job, job.history[-1])
-            if job.num_steps == job.total_steps:
-                self._end(job, JobStatus.SUCCEEDED)
+            self._after_evaluation(job)
 
         self.trainer.evaluations[task.task_id] = (task, finish)
 
@@ -271,6 +289,26 @@ class Jobs:
             # ends, its own slot becomes the version (see `_release`).
             log.warning("step %d of %s is not published: %s", job.num_steps, job.name, error)
             self._unpublished.add(job.job_id)
+
+    def _publish_best(self, job: FinetuneJob) -> bool:
+        """Without room the job ends: its next steps would overwrite the best weights."""
+        try:
+            self._publish(job)
+        except OutOfAdapterMemoryError as error:
+            self._end(job, JobStatus.FAILED, error)
+            return False
+        return True
+
+    def _after_evaluation(self, job: FinetuneJob) -> None:
+        unusable = nothing_to_publish(job)
+        if unusable is not None:
+            self._end(job, JobStatus.FAILED, unusable)
+            return
+        job.reason = reason_to_stop(job.history, job.config)
+        if job.reason is not None and job.config.publish != "best" and not job.is_published_now:
+            self._publish_if_room(job)  # this turned out to be the last step
+        if job.reason is not None or job.num_steps == job.total_steps:
+            self._end(job, JobStatus.SUCCEEDED)
 
     def _publish(self, job: FinetuneJob) -> None:
         """The weights in training become a new served version: one copy between two steps, then the name moves."""

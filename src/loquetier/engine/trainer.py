@@ -147,16 +147,10 @@ class Trainer:
             self.tape = None
         return rows
 
-    def optimize(self) -> list[tuple[FinetuneJob, StepRecord | LoquetierError]]:
-        """Optimizer steps of the jobs whose accumulation is complete. A failed one changes no weights."""
-        done: list[tuple[FinetuneJob, StepRecord | LoquetierError]] = []
-        for job in self.jobs.values():
-            if job.is_step_ready and not job.status.is_final:
-                try:
-                    done.append((job, job.optimizer_step()))
-                except LoquetierError as error:
-                    done.append((job, error))
-        return done
+    def optimize(self) -> list[tuple[FinetuneJob, StepRecord]]:
+        """Optimizer steps of the jobs whose accumulation is complete. A skipped one changes no weights."""
+        ready = [job for job in self.jobs.values() if job.is_step_ready and not job.status.is_final]
+        return [(job, job.optimizer_step()) for job in ready]
 
     def finished_evaluations(self) -> list[tuple[EvalTask, Callable[[EvalResult | LoquetierError], None]]]:
         """Evaluations whose last example is done; they are forgotten here."""

@@ -1,9 +1,10 @@
 """LoRA dropout as a pure function of where a value lies, so that any replay, split or packing drops the same ones.
 
 PEFT drops elements of a module's input on the LoRA path only: ``delta = scale * dropout(x) @ A^T @ B^T`` with what is
-kept multiplied by ``1 / (1 - p)``. Whether an element is dropped is a hash (SplitMix64, Steele et al. 2014) of job seed,
-draw of the optimizer step, item, row inside the example, module and column. There is no generator state: the backward
-hashes again instead of keeping a mask. ``1 / (1 - p)`` goes into the delta's scale, where bfloat16 does not round it.
+kept multiplied by ``1 / (1 - p)``. Whether an element is dropped is a hash (SplitMix64, Steele et al. 2014) of job
+seed, draw of the optimizer step, item, row inside the example, module and column. There is no generator state: the
+backward hashes again instead of keeping a mask. ``1 / (1 - p)`` goes into the delta's scale, where bfloat16 does not
+round it.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch import Tensor
 from loquetier.adapters.spec import LoraSpec
 from loquetier.config import TrainingConfig
 from loquetier.engine.rows import TrainItem
-from loquetier.errors import JobStateError, LoquetierError, TrainingDivergedError
+from loquetier.errors import JobStateError, LoquetierError
 from loquetier.training.data import Example, batches
 from loquetier.training.optimizer import AdapterOptimizer, learning_rate
 
@@ -66,6 +66,10 @@ class StepRecord:
     seconds: float
     """Wall time since the step's first rows were scheduled."""
     evaluation: EvalResult | None = None
+    skipped: bool = False
+    """Its loss or gradient was not finite: the step changed neither weights nor moments."""
+    reason: str | None = None
+    """Why it was skipped."""
 
 
 @dataclass(slots=True)
@@ -168,6 +172,8 @@ class FinetuneJob:
         self.slot, self.optimizer = slot, optimizer
         self.status = JobStatus.RUNNING
         self.error: LoquetierError | None = None
+        self.reason: str | None = None
+        """Why it ended before its last step, when it neither failed nor was told to."""
         self.history: list[StepRecord] = []
         self.evaluation: EvalTask | None = None
         """Running evaluation on the training slot; no training rows are offered meanwhile."""
@@ -198,10 +204,14 @@ class FinetuneJob:
 
     @property
     def is_published_now(self) -> bool:
-        """Whether the step just done is one to publish."""
+        """Whether the step just done is one to publish; publish="best" is decided by evaluations instead."""
         publish, step = self.config.publish, self.num_steps
+        if publish == "best":
+            return False
         if step == self.total_steps:
             return True
+        if publish == "every_step" and self.history[-1].skipped:
+            return False  # these weights are served already
         return publish == "every_step" or (publish == "every_n_steps" and step % self.config.publish_every == 0)
 
     @property
@@ -268,23 +278,26 @@ class FinetuneJob:
         return self._step_labels > 0 and self._num_open == 0 and not self._todo and self._sums.num_labels > 0
 
     def optimizer_step(self) -> StepRecord:
-        """Clip, update, record.
-
-        Raises:
-            TrainingDivergedError: loss or gradient is not finite; the weights are as they were.
-        """
+        """Clip, update, record. When loss or gradient is not finite nothing is updated and the record says so."""
         means = self._sums.result()
         lr = learning_rate(self.config, self.num_steps, self.total_steps)
         # The gradient of an infinite loss may be finite: it must not be applied either.
-        norm = self.optimizer.step(lr) if math.isfinite(means.loss) else math.nan
+        norm = self.optimizer.step(lr) if math.isfinite(means.loss) else self.optimizer.drop_gradient()
+        reason = None
         if not (math.isfinite(norm) and math.isfinite(means.loss)):
-            raise TrainingDivergedError(
-                f"job {self.name!r}: loss {means.loss} and gradient norm {norm} at step {self.num_steps + 1}; the "
-                f"weights of step {self.num_steps} are kept. Lower learning_rate ({self.config.learning_rate}) or "
-                "max_grad_norm."
-            )
+            reason = f"loss {means.loss} and gradient norm {norm} at step {self.num_steps + 1}"
         seconds = time.monotonic() - self._started
-        record = StepRecord(self.num_steps + 1, means.loss, means.accuracy, lr, norm, self._step_rows, seconds)
+        record = StepRecord(
+            self.num_steps + 1,
+            means.loss,
+            means.accuracy,
+            lr,
+            norm,
+            self._step_rows,
+            seconds,
+            skipped=reason is not None,
+            reason=reason,
+        )
         self.history.append(record)
         self._sums = LossSum()
         return record

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from loquetier.adapters.arena import factor_views, num_elements
+from loquetier.adapters.arena import factor_views, num_a_elements, num_elements
 from loquetier.adapters.spec import ModulePlan
 from loquetier.config import TrainingConfig
 from loquetier.kernels.reference import Factors
@@ -42,9 +42,17 @@ class AdapterOptimizer:
         self.grad = torch.zeros_like(self.master)
         self.grad_views: dict[int, Factors] = factor_views(self.grad, modules)
         self._config = config
-        self.master.grad = self.grad
+        ratio = config.loraplus_lr_ratio
+        # LoRA+: A's part of the slot and B's are two parameters; the flat tensors stay what everybody else sees.
+        border = None if ratio is None else num_a_elements(modules)
+        self._parts = [slice(None)] if border is None else [slice(border), slice(border, None)]
+        self._ratios = [1.0] if ratio is None else [1.0, ratio]
+        # Views of the master rather than itself, so that it keeps no reference to the gradient.
+        self._params = [self.master[part] for part in self._parts]
+        for param, part in zip(self._params, self._parts, strict=True):
+            param.grad = self.grad[part]
         self._adam = torch.optim.AdamW(
-            [self.master],
+            [{"params": [param]} for param in self._params],
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
@@ -62,16 +70,26 @@ class AdapterOptimizer:
             limit = self._config.max_grad_norm
             if limit > 0 and norm > limit:
                 self.grad.mul_(limit / (norm + 1e-6))  # 1e-6: as torch.nn.utils.clip_grad_norm_
-            self._adam.param_groups[0]["lr"] = lr
+            for group, ratio in zip(self._adam.param_groups, self._ratios, strict=True):
+                group["lr"] = lr * ratio
             self._adam.step()
             if self._working is not self.master:
                 self._working.copy_(self.master)
         self.grad.zero_()
         return norm
 
+    def drop_gradient(self) -> float:
+        """Zero the gradient without an update; returns NaN, the norm of what was not looked at."""
+        self.grad.zero_()
+        return math.nan
+
     def state(self) -> dict[str, Tensor]:
-        """Moments and step count, as tensors that share memory with the optimizer; empty before the first step."""
-        return dict(self._adam.state.get(self.master, {}))
+        """Moments ``[num_elements]`` in slot layout and step count; empty before the first step. Copy to keep them."""
+        states = [self._adam.state.get(param, {}) for param in self._params]
+        if len(states) == 1:
+            return dict(states[0])
+        # The step count is a scalar and the same in both parts.
+        return {name: torch.cat([s[name] for s in states]) if t.dim() else t for name, t in states[0].items()}
 
     def load_state(self, master: Tensor, state: dict[str, Tensor]) -> None:
         """Continue from another optimizer's master weights and `state`, bit for bit."""
@@ -79,4 +97,8 @@ class AdapterOptimizer:
             self.master.copy_(master)
             if self._working is not self.master:
                 self._working.copy_(self.master)
-        self._adam.state[self.master] = {name: tensor.clone().to(self.master.device) for name, tensor in state.items()}
+        for param, part in zip(self._params, self._parts, strict=True):
+            self._adam.state[param] = {
+                name: (tensor[part] if tensor.dim() else tensor).clone().to(self.master.device)
+                for name, tensor in state.items()
+            }
