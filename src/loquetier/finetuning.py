@@ -3,86 +3,123 @@
 from __future__ import annotations
 
 import logging
-import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from loquetier.engine.engine import Engine
 from loquetier.engine.loop import EngineLoop
 from loquetier.errors import LoquetierError
+from loquetier.reporting.callbacks import as_observer
+from loquetier.reporting.events import JobCallback, JobEvent, JobObserver, JobStart
+from loquetier.reporting.files import JobFiles
+from loquetier.reporting.pump import EventPump
 from loquetier.training.checkpoint_dir import Resumed
+from loquetier.training.ending import BestEvaluation, best_evaluation
 from loquetier.training.job import FinetuneJob, JobStatus, StepRecord
 
+__all__ = ["FinetuneHandle", "JobCallback", "JobEvent", "JobObserver", "poll_steps"]
+
 log = logging.getLogger("loquetier.jobs")
-
-
-@dataclass(frozen=True, slots=True)
-class JobEvent:
-    """Something that happened to a job."""
-
-    kind: Literal["step", "evaluation", "status"]
-    job_name: str
-    status: JobStatus
-    record: StepRecord | None = None
-    """The step's record (kind "step"), or the same with its evaluation filled in (kind "evaluation")."""
-    error: LoquetierError | None = None
-    """Why it failed."""
-
-
-JobCallback = Callable[[JobEvent], None]
 
 
 class FinetuneHandle:
     """A job, seen from outside the engine's thread."""
 
-    def __init__(self, engine: Engine, loop: EngineLoop, callbacks: Sequence[JobCallback]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        loop: EngineLoop,
+        callbacks: Sequence[JobCallback | object] = (),
+        reporters: Sequence[JobObserver] = (),
+        output_dir: Path | None = None,
+    ) -> None:
+        """Open the job's files and start the threads that tell of it.
+
+        Raises:
+            ConfigError: a callback is no callback, or `output_dir` cannot be used. Nothing is left behind.
+        """
         self._engine, self._loop = engine, loop
         self._job: FinetuneJob | None = None
         self._ended = threading.Event()
-        self._events: queue.SimpleQueue[JobEvent | None] = queue.SimpleQueue()
         self.callbacks = tuple(callbacks)
-        self.callback_errors: list[Exception] = []
-        """What callbacks raised; a callback can never fail a job."""
         self.resumed: Resumed | None = None
         """The checkpoint that the job went on from, if it did."""
         self.checkpoint_errors: list[Exception] = []
         """Why checkpoints could not be written (disk full, ...); the one before stays, and the job goes on."""
-        if self.callbacks:
-            threading.Thread(target=self._run_callbacks, name="loquetier-callbacks", daemon=True).start()
+        observers = [*(as_observer(callback, self._stop) for callback in self.callbacks), *reporters]
+        self._files = None if output_dir is None else JobFiles(output_dir)
+        self._pump = EventPump(observers, "loquetier-callbacks")
+        # On a thread of their own, which runs nothing of the caller's: `wait` may wait for it.
+        self._file_pump = EventPump([self._files] if self._files else [], "loquetier-job-files")
+
+    @property
+    def callback_errors(self) -> list[Exception]:
+        """What callbacks and reporters raised; none of it can fail a job."""
+        return self._pump.errors
+
+    @property
+    def file_errors(self) -> list[Exception]:
+        """Why lines of the job's files are missing, if any are."""
+        return self._file_pump.errors
 
     def attach(self, job: FinetuneJob) -> None:
         """Tie the handle to its job; done by the runtime."""
         self._job = job
+        start = JobStart(
+            job.name,
+            job.config,
+            job.spec,
+            job.total_steps,
+            len(job.examples),
+            len(job.eval_examples),
+            None if self._files is None else self._files.directory,
+        )
+        for pump in (self._pump, self._file_pump):
+            pump.begin(start)
 
     def discard(self) -> None:
-        """The job could not be started: end the callback thread."""
+        """The job could not be started: end the threads and remove the files."""
         self._end()
+        self._file_pump.join()
+        if self._files is not None:
+            self._files.remove()
 
     def listen(self, job: FinetuneJob, record: StepRecord | None) -> None:
-        """The engine's listener: queues an event, never blocks."""
-        kind: Literal["step", "evaluation", "status"] = "status"
-        if record is not None:
-            kind = "step" if record.evaluation is None else "evaluation"
-        if self.callbacks:
-            self._events.put(JobEvent(kind, job.name, job.status, record, job.error))
+        """The engine's listener: queues events, never blocks."""
+        if record is None:
+            self._put(JobEvent("status", job.name, job.status, None, job.error, job.reason))
+        elif record.evaluation is not None:
+            self._put(JobEvent("evaluation", job.name, job.status, record))
+        else:
+            if record.skipped:
+                log.warning("job %s: step skipped: %s", job.name, record.reason)
+                self._put(JobEvent("warning", job.name, job.status, record, reason=record.reason))
+            due = job.is_eval_due
+            self._put(JobEvent("step", job.name, job.status, record, reason=record.reason, is_evaluation_due=due))
         if job.status.is_final:
             self._end()
 
+    def _put(self, event: JobEvent) -> None:
+        for pump in (self._pump, self._file_pump):
+            pump.put(event)
+
     def _end(self) -> None:
-        if self.callbacks:
-            self._events.put(None)
+        for pump in (self._pump, self._file_pump):
+            pump.close()
         self._ended.set()
 
-    def _run_callbacks(self) -> None:
-        for event in iter(self._events.get, None):
-            for callback in self.callbacks:
-                try:
-                    callback(event)
-                except Exception as error:
-                    log.exception("a callback of job %s failed", event.job_name)
-                    self.callback_errors.append(error)
+    def _stop(self) -> None:
+        """A callback set `control.should_training_stop`."""
+
+        def cancel() -> None:
+            if not self.job.status.is_final:
+                self.job.reason = "a callback set control.should_training_stop"
+                self._engine.jobs.set_status(self.job, JobStatus.CANCELLED)
+
+        if self._loop.is_alive:
+            self._loop.submit(cancel)
 
     @property
     def job(self) -> FinetuneJob:
@@ -99,6 +136,16 @@ class FinetuneHandle:
     def status(self) -> JobStatus:
         """Where it is now."""
         return self.job.status
+
+    @property
+    def reason(self) -> str | None:
+        """Why it ended before its last step without failing (early stopping, a callback); None otherwise."""
+        return self.job.reason
+
+    @property
+    def best(self) -> BestEvaluation | None:
+        """Its best evaluation so far; None before the first."""
+        return best_evaluation(self.history)
 
     @property
     def history(self) -> tuple[StepRecord, ...]:
@@ -123,13 +170,16 @@ class FinetuneHandle:
         self._loop.call(lambda: self._engine.jobs.set_status(self.job, JobStatus.CANCELLED))
 
     def wait(self, timeout: float | None = None) -> tuple[StepRecord, ...]:
-        """Wait for the end and return the history.
+        """Wait for the end, the job's files included, and return the history.
 
         Raises:
             TimeoutError: not ended after `timeout` seconds. LoquetierError: the job failed, and this is why.
         """
+        deadline = None if timeout is None else time.monotonic() + timeout
         if not self._ended.wait(timeout):
             raise TimeoutError(f"job {self.name!r} is still {self.status.value} after {timeout} s")
+        if not self._file_pump.join(None if deadline is None else max(0.0, deadline - time.monotonic())):
+            raise TimeoutError(f"job {self.name!r} has ended, but its files are still being written after {timeout} s")
         if self.job.status is JobStatus.FAILED:
             assert self.job.error is not None
             raise self.job.error

@@ -38,8 +38,9 @@ from loquetier.errors import (
     EngineStoppedError,
     LoquetierError,
 )
-from loquetier.finetuning import FinetuneHandle, JobCallback
+from loquetier.finetuning import FinetuneHandle, JobCallback, JobObserver
 from loquetier.generation import Collector, Completion, GenerationHandle
+from loquetier.reporting.reporters import open_reporters
 from loquetier.training.checkpoint_dir import CheckpointConfig
 from loquetier.training.data import encode_examples, render_chat
 from loquetier.training.files import read_records
@@ -399,7 +400,9 @@ class Runtime:
         training: TrainingConfig | None = None,
         eval_data: Data | None = None,
         start_from: str | None = None,
-        callbacks: Sequence[JobCallback] = (),
+        callbacks: Sequence[JobCallback | object] = (),
+        output_dir: str | os.PathLike[str] | None = None,
+        report_to: Sequence[str | JobObserver] = (),
         checkpoint_dir: str | os.PathLike[str] | None = None,
         checkpoint_every: int = 50,
         checkpoints_to_keep: int = 2,
@@ -412,7 +415,10 @@ class Runtime:
         Args:
             data, eval_data: records, or the path of a file of them.
             start_from: continue from a served adapter (same LoraSpec) instead of fresh weights.
-            callbacks: called with each `JobEvent` on a thread of their own; what they raise cannot fail the job.
+            callbacks: callables that get each `JobEvent`, or objects with methods of transformers' TrainerCallback (see
+                `reporting.callbacks`); on a thread of their own, and what they raise cannot fail the job.
+            output_dir: a new directory for ``metrics.jsonl`` and ``results.csv``, on disk after every step.
+            report_to: "tensorboard", "wandb", "mlflow", "trackio", or a `JobObserver`; they cannot fail the job either.
             checkpoint_dir: this job's own directory of checkpoints, one every `checkpoint_every` optimizer steps, one
                 at the job's end and one when the runtime is closed; the newest `checkpoints_to_keep` stay.
             resume: go on, bit for bit, from the newest good checkpoint in `checkpoint_dir` (a fresh job where there is
@@ -430,8 +436,10 @@ class Runtime:
         limit = min(training.max_seq_len, self.max_context)
         examples = encode_examples(_records(data), self.tokenizer, limit)
         evals = encode_examples(_records(eval_data), self.tokenizer, limit) if eval_data is not None else ()
+        reporters = open_reporters(report_to)
+        files = None if output_dir is None else Path(output_dir)
         place = _checkpoint_config(checkpoint_dir, checkpoint_every, checkpoints_to_keep, resume)
-        handle = FinetuneHandle(self._engine, self._loop, callbacks)
+        handle = FinetuneHandle(self._engine, self._loop, callbacks, reporters, files)
         job = NewJob(name=name, spec=spec, config=training, examples=examples, eval_examples=evals)
         try:
             self._start(handle, job, start_from, place)
