@@ -228,6 +228,14 @@ def test_one_observer_that_raises_does_not_cost_the_others_anything() -> None:
     assert threads.isdisjoint({threading.get_ident()})
 
 
+def test_a_pump_without_observers_keeps_nothing() -> None:
+    pump = EventPump([], "test")
+    pump.begin(start())
+    pump.put(events()[0])
+    pump.close()
+    assert pump.join(0) and pump._queue.empty()
+
+
 # --- reporters ---
 
 

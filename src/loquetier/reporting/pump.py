@@ -26,15 +26,15 @@ class EventPump:
 
     def begin(self, start: JobStart) -> None:
         """Queue the start. Never blocks."""
-        self._queue.put(start)
+        self._put(start)
 
     def put(self, event: JobEvent) -> None:
         """Queue an event. Never blocks."""
-        self._queue.put(event)
+        self._put(event)
 
     def close(self) -> None:
         """Queue the end: observers are closed after everything before it was delivered."""
-        self._queue.put(None)
+        self._put(None)
 
     def join(self, timeout: float | None = None) -> bool:
         """Wait until everything was delivered after `close`; False when it was not within `timeout` seconds."""
@@ -42,6 +42,10 @@ class EventPump:
             return True
         self._thread.join(timeout)
         return not self._thread.is_alive()
+
+    def _put(self, item: JobStart | JobEvent | None) -> None:
+        if self._thread is not None:  # nobody would ever take it out again
+            self._queue.put(item)
 
     def _run(self) -> None:
         for item in iter(self._queue.get, None):
