@@ -75,8 +75,7 @@ def dropout_forward(
     smlm_forward(x_MK, y_MN, module, [s for s in segments if not dropout.drops(s)], table)
     for s in segments:
         if dropout.drops(s) and s.stop > s.start and module in table[s.slot]:
-            mask_sK = _mask(x_MK, s, module, dropout)
-            x_sK = x_MK[s.start : s.stop].masked_fill(mask_sK, 0.0)
+            x_sK = x_MK[s.start : s.stop] * _kept(x_MK, s, module, dropout)
             alone = (Segment(s.slot, 0, s.stop - s.start),)
             smlm_forward(x_sK, y_MN[s.start : s.stop], module, alone, _rescaled(table, s.slot, module, dropout))
 
@@ -95,17 +94,18 @@ def dropout_backward(
     smlm_backward(x_TK, dy_TN, dx_TK, module, [s for s in segments if not dropout.drops(s)], table, grads)
     for s in segments:
         if dropout.drops(s) and s.stop > s.start and module in table[s.slot]:
-            mask_sK = _mask(x_TK, s, module, dropout)
-            x_sK = x_TK[s.start : s.stop].masked_fill(mask_sK, 0.0)
+            kept_sK = _kept(x_TK, s, module, dropout)
+            x_sK = x_TK[s.start : s.stop] * kept_sK
             delta_sK = torch.zeros_like(x_sK)
             alone = (Segment(s.slot, 0, s.stop - s.start),)
             rescaled = _rescaled(table, s.slot, module, dropout)
             smlm_backward(x_sK, dy_TN[s.start : s.stop], delta_sK, module, alone, rescaled, grads)
-            dx_TK[s.start : s.stop] += delta_sK.masked_fill_(mask_sK, 0.0)
+            dx_TK[s.start : s.stop] += delta_sK.mul_(kept_sK)
 
 
-def _mask(x_TK: Tensor, s: Segment, module: int, dropout: DropoutRows) -> Tensor:
-    return dropped_TK(dropout.keys_T[s.start : s.stop], module, x_TK.shape[1], dropout.rates[s.slot])
+def _kept(x_TK: Tensor, s: Segment, module: int, dropout: DropoutRows) -> Tensor:
+    # To be multiplied with: on a CPU that takes half the time of masked_fill.
+    return dropped_TK(dropout.keys_T[s.start : s.stop], module, x_TK.shape[1], dropout.rates[s.slot]).logical_not_()
 
 
 def _rescaled(table: FactorTable, slot: int, module: int, dropout: DropoutRows) -> dict[int, dict[int, Factors]]:
