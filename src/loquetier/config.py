@@ -253,8 +253,7 @@ class TrainingConfig:
             patience,
             "must be an integer >= 1, or None to train to the end",
         )
-        is_finite = _in(threshold, 0, math.inf) and threshold < math.inf
-        _check(is_finite, "early_stopping_threshold", threshold, "must be a finite number >= 0")
+        _check(_in(threshold, 0, 1e9), "early_stopping_threshold", threshold, "must be in [0, 1e9]")
         if patience is None:
             _check(threshold == 0, "early_stopping_threshold", threshold, "needs early_stopping_patience")
         for name, value in self.evaluation_users:

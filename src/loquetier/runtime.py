@@ -437,7 +437,7 @@ class Runtime:
         examples = encode_examples(_records(data), self.tokenizer, limit)
         evals = encode_examples(_records(eval_data), self.tokenizer, limit) if eval_data is not None else ()
         reporters = open_reporters(report_to)
-        files = None if output_dir is None else Path(output_dir)
+        files = None if output_dir is None else _path(output_dir)
         place = _checkpoint_config(checkpoint_dir, checkpoint_every, checkpoints_to_keep, resume)
         handle = FinetuneHandle(self._engine, self._loop, callbacks, reporters, files)
         job = NewJob(name=name, spec=spec, config=training, examples=examples, eval_examples=evals)

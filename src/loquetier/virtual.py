@@ -52,7 +52,7 @@ class VirtualModel:
         """
         return detach_adapter(self.runtime, self.name)
 
-    def migrate(self, runtime: Runtime, callbacks: Sequence[JobCallback] = ()) -> VirtualModel:
+    def migrate(self, runtime: Runtime, callbacks: Sequence[JobCallback | object] = ()) -> VirtualModel:
         """Move to another runtime of the same base. On an error there, it is put back where it was.
 
         Raises:
@@ -92,7 +92,9 @@ def _pause(runtime: Runtime, name: str) -> JobStatus | None:
     return was
 
 
-def attach_adapter(runtime: Runtime, image: AdapterImage, callbacks: Sequence[JobCallback] = ()) -> VirtualModel:
+def attach_adapter(
+    runtime: Runtime, image: AdapterImage, callbacks: Sequence[JobCallback | object] = ()
+) -> VirtualModel:
     """Put a detached adapter into a runtime. Errors as `engine.migration.attach`."""
     handle = FinetuneHandle(runtime._engine, runtime._loop, callbacks)
 

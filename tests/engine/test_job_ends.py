@@ -113,6 +113,17 @@ def test_early_stopping_succeeds_with_a_reason(monkeypatch: pytest.MonkeyPatch) 
         assert job.reason == "early stopping: 2 evaluations without improvement over loss 1.5 of step 4"
 
 
+@pytest.mark.parametrize("publish", ["end", "every_n_steps"])
+def test_what_early_stopping_ends_is_served(publish: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step that turned out to be the last one is published, whatever the schedule says."""
+    with checked(make_engine()) as engine:
+        every = {"publish_every": 4} if publish == "every_n_steps" else {}
+        config = replace(EVERY, early_stopping_patience=1, publish=publish, **every)
+        job, versions, weights = run_with_losses(engine, config, [3.0, 3.0], monkeypatch)
+        assert job.status is JobStatus.SUCCEEDED and job.num_steps == 2 and versions == [0, 0]
+        assert torch.equal(engine.arena.flat(engine.registry.resolve("job").slot), weights[2])
+
+
 def test_best_serves_the_weights_of_the_lowest_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     with checked(make_engine()) as engine:
         config = replace(EVERY, publish="best", max_steps=6)

@@ -6,6 +6,7 @@ import csv
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from loquetier.runtime import Runtime
 from loquetier.training.job import JobStatus
 
 DATA = [{"prompt": f"{letter} then ", "completion": f"{letter}{letter}"} for letter in "abcd"]
-TRAINING = TrainingConfig(batch_size=2, max_steps=6, eval_every=2, learning_rate=1e-2)
+TRAINING = TrainingConfig(batch_size=2, max_steps=6, learning_rate=1e-2)
 ENGINE = EngineConfig(dtype="float32", device="cpu", kv_memory=MIB, adapter_memory=4 * MIB)
 
 
@@ -44,7 +45,8 @@ def test_dropout_trains_and_is_repeatable(runtime: Runtime) -> None:
 
 
 def test_files_are_complete_when_wait_returns(runtime: Runtime, tmp_path: Path) -> None:
-    job = runtime.finetune("files", DATA, training=TRAINING, eval_data=DATA, output_dir=tmp_path / "out")
+    training = replace(TRAINING, eval_every=2)
+    job = runtime.finetune("files", DATA, training=training, eval_data=DATA, output_dir=tmp_path / "out")
     history = job.wait(60)
     rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
     assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
@@ -63,7 +65,7 @@ def test_files_are_complete_when_wait_returns(runtime: Runtime, tmp_path: Path) 
 
 
 def test_a_job_that_does_not_start_leaves_no_files(runtime: Runtime, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="needs evaluation data"):
+    with pytest.raises(ConfigError, match="needs eval_data"):
         config = TrainingConfig(eval_every=1, early_stopping_patience=1)
         runtime.finetune("x", DATA, training=config, output_dir=tmp_path / "out")
     with pytest.raises(DataError):

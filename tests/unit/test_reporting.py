@@ -304,8 +304,10 @@ def test_reporters_of_ones_own_and_wrong_ones() -> None:
     assert open_reporters([mine]) == [mine] and open_reporters([]) == []
     with pytest.raises(ConfigError, match="unknown; use tensorboard, wandb, mlflow, trackio"):
         open_reporters(["tensorbored"])
-    with pytest.raises(ConfigError, match=r"give a list, as in report_to=\['wandb'\]"):
+    with pytest.raises(ConfigError, match=r"report_to='wandb': give a list"):
         open_reporters("wandb")
+    with pytest.raises(ConfigError, match="give a list"):
+        open_reporters(3)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="no method begin, event, close"):
         open_reporters([object()])  # type: ignore[list-item]
 

@@ -25,8 +25,8 @@ def open_reporters(report_to: Sequence[str | JobObserver]) -> list[JobObserver]:
     Raises:
         ConfigError: an unknown name, a package that is not installed, or something that is no reporter.
     """
-    if isinstance(report_to, str):
-        raise ConfigError(f"report_to={report_to!r}: give a list, as in report_to=[{report_to!r}]")
+    if isinstance(report_to, str) or not isinstance(report_to, Sequence):
+        raise ConfigError(f"report_to={str(report_to)[:80]!r}: give a list, as in report_to=['tensorboard']")
     return [_open(wanted) if isinstance(wanted, str) else _checked(wanted) for wanted in report_to]
 
 
