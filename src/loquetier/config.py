@@ -170,7 +170,7 @@ class TrainingConfig:
     shuffle: bool = True
     """A fresh seeded permutation for each epoch; False = file order."""
     seed: int = 0
-    """Seeds the initial weights and the data order."""
+    """Seeds the initial weights, the data order and what dropout drops."""
     publish: Literal["every_step", "every_n_steps", "end", "best"] = "every_step"
     """When the weights in training become a new served version of the job's name; "best": after every evaluation whose
     loss is lower than all before, so what is served is the best so far (needs evaluation data and eval_every)."""
@@ -236,6 +236,10 @@ class TrainingConfig:
         )
         _check_bools(self, "shuffle")
         _check(_is_int(self.seed) and 0 <= self.seed < 2**63, "seed", self.seed, "must be an integer in [0, 2**63)")
+        self._check_ratio()
+        self._check_evaluation()
+
+    def _check_ratio(self) -> None:
         ratio = self.loraplus_lr_ratio
         _check(
             ratio is None or (_in(ratio, 0, 1 / self.learning_rate) and ratio > 0),
@@ -243,7 +247,6 @@ class TrainingConfig:
             ratio,
             f"must be > 0, and times learning_rate={self.learning_rate} at most 1; or None for one rate",
         )
-        self._check_evaluation()
 
     def _check_evaluation(self) -> None:
         patience, threshold = self.early_stopping_patience, self.early_stopping_threshold
