@@ -56,7 +56,10 @@ class CheckpointSaver:
             self._writer.finish(job.image() if is_kept else None, lambda: self._ended(job))
             return
         self._inner(job, record)
-        is_complete = record is not None and (record.evaluation is not None or not job.is_eval_due)
+        # After a skipped step the job may be on its way to divergence: what was saved before stays the last good one.
+        is_complete = (
+            record is not None and not record.skipped and (record.evaluation is not None or not job.is_eval_due)
+        )
         is_last = job.num_steps == job.total_steps
         if is_complete and not is_last and job.num_steps % self._directory.config.every == 0:
             self._writer.put(job.image())

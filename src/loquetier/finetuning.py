@@ -10,7 +10,6 @@ from pathlib import Path
 
 from loquetier.engine.engine import Engine
 from loquetier.engine.loop import EngineLoop
-from loquetier.errors import LoquetierError
 from loquetier.reporting.callbacks import as_observer
 from loquetier.reporting.events import JobCallback, JobEvent, JobObserver, JobStart
 from loquetier.reporting.files import JobFiles

@@ -350,7 +350,7 @@ def test_a_diverged_job_leaves_its_last_good_checkpoint(
     step = FinetuneJob.optimizer_step
 
     def poisoned(job: FinetuneJob) -> StepRecord:
-        if job.num_steps == 7:
+        if job.num_steps >= 7:  # three skipped steps in a row fail the job
             job.optimizer.grad.fill_(float("nan"))
         return step(job)
 

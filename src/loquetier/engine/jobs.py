@@ -174,8 +174,10 @@ class Jobs:
             self._publish_if_room(job)
         if job.num_steps and job.is_eval_due and job.history[-1].evaluation is None:
             self._evaluate_in_training(job)
-        elif job.num_steps == job.total_steps:
-            self._end(job, JobStatus.SUCCEEDED)
+        else:
+            job.reason = reason_to_stop(job.history, job.config)  # patience may have ended it before the break
+            if job.reason is not None or job.num_steps == job.total_steps:
+                self._end(job, JobStatus.SUCCEEDED)
         self._release()
         return job
 
@@ -280,15 +282,6 @@ class Jobs:
             self._after_evaluation(job)
 
         self.trainer.evaluations[task.task_id] = (task, finish)
-
-    def _publish_if_room(self, job: FinetuneJob) -> None:
-        try:
-            self._publish(job)
-        except OutOfAdapterMemoryError as error:
-            # Training goes on and the old version keeps serving. The last weights are never lost: when the job
-            # ends, its own slot becomes the version (see `_release`).
-            log.warning("step %d of %s is not published: %s", job.num_steps, job.name, error)
-            self._unpublished.add(job.job_id)
 
     def _publish_best(self, job: FinetuneJob) -> bool:
         """Without room the job ends: its next steps would overwrite the best weights."""
