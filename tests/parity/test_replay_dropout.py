@@ -32,6 +32,6 @@ def test_both_tapes_drop_the_same(tmp_path: Path) -> None:
     save_tiny(tmp_path / "base", "llama")
     losses, weights = _trained(tmp_path / "base", "graph")
     replayed_losses, replayed = _trained(tmp_path / "base", "replay")
-    # Windows of 5 rows change the shapes of GEMMs, so rounding differs; a different mask would change losses by percents.
+    # Windows of 5 rows change the shapes of GEMMs, so rounding differs; another mask would change losses by percents.
     torch.testing.assert_close(torch.tensor(replayed_losses), torch.tensor(losses), rtol=1e-4, atol=0)
     torch.testing.assert_close(replayed, weights, rtol=0, atol=1e-3)
