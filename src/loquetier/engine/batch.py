@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -96,6 +97,21 @@ class _Draft:
         self.segments.append(Segment(BASE_SLOT, self.num_rows, self.num_rows))
 
 
+@dataclass(slots=True)
+class _Layout:
+    """Where a plan's rows lie, still on the host."""
+
+    draft: _Draft
+    spans: tuple[tuple[int, int], ...]
+    train_labels: Labels
+    eval_labels: Labels
+    num_train: int
+    cache_start: int
+    chunk_rows: list[int]
+    """First row of each prefill chunk."""
+    decode_start: int
+
+
 def build_batch(
     plan: StepPlan,
     example_of: ExampleOf,
@@ -113,6 +129,37 @@ def build_batch(
         cuts: the tape that records the TRAIN rows; None when there are none.
         dropout: of the TRAIN rows; None when none of their jobs drops.
     """
+    layout = _lay_out(plan, example_of)
+    ids_M, positions_M, on_device = _send(plan, layout, cache, dropout)
+    step = StepContext(
+        num_rows=layout.draft.num_rows,
+        num_train=layout.num_train,
+        segments=tuple(s for s in layout.draft.segments if s.slot != BASE_SLOT),
+        factors=factors,
+        grads=grads,
+        spans=layout.spans,
+        cache=cache,
+        cache_start=layout.cache_start,
+        cuts=cuts,
+        **on_device,
+    )
+    chunks = list(zip(plan.prefill, layout.chunk_rows, strict=True))
+    done = [(c.seq, row + c.length - 1) for c, row in chunks if _is_last(c)]
+    done += [(seq, layout.decode_start + i) for i, seq in enumerate(plan.decode)]
+    return Batch(
+        ids_M=ids_M,
+        positions_M=positions_M,
+        step=step,
+        train_labels=layout.train_labels,
+        eval_labels=_shifted(layout.eval_labels, -layout.num_train),
+        num_eval=layout.cache_start - layout.num_train,
+        sampled=tuple(seq for seq, _ in done),
+        sample_rows=np.asarray([row for _, row in done], dtype=np.int64),
+        prompt_chunks=tuple((c, row) for c, row in chunks if c.seq.needs_prompt_logits),
+    )
+
+
+def _lay_out(plan: StepPlan, example_of: ExampleOf) -> _Layout:
     draft = _Draft()
     train_spans, train_labels = _add_items(draft, plan.train, example_of)
     num_train = draft.num_rows
@@ -128,8 +175,16 @@ def build_batch(
         seqs = list(group)
         at = np.fromiter((s.num_computed for s in seqs), dtype=np.int64, count=len(seqs))
         draft.add([s.tokens[-1] for s in seqs], at, slot)
+    spans = (*train_spans, *eval_spans)
+    return _Layout(draft, spans, train_labels, eval_labels, num_train, cache_start, chunk_rows, decode_start)
+
+
+def _send(
+    plan: StepPlan, layout: _Layout, cache: KVCache, dropout: DropoutPlan | None
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Ids, positions, and the fields of the step that live on the device, all sent in one copy."""
     packed = _Packer(cache.keys[0].device)
-    ids, positions = packed.add(_joined(draft.ids)), packed.add(_joined(draft.positions))
+    ids, positions = packed.add(_joined(layout.draft.ids)), packed.add(_joined(layout.draft.positions))
     rows = _cache_rows(plan, cache.page_size)
     cache_rows, fresh_pages = packed.add(rows), packed.add(rows[rows % cache.page_size == 0] // cache.page_size)
     tables = [packed.add(np.asarray(c.seq.pages, dtype=np.int64)) for c in plan.prefill]
@@ -138,40 +193,20 @@ def build_batch(
     packed.send()
     decode = None
     if plan.decode:
-        decode = DecodeRows(decode_start, positions()[decode_start:], decode_pages(), cache.page_size)
-    step = StepContext(
-        num_rows=draft.num_rows,
-        num_train=num_train,
-        segments=tuple(s for s in draft.segments if s.slot != BASE_SLOT),
-        factors=factors,
-        grads=grads,
-        spans=(*train_spans, *eval_spans),
-        prefill=tuple(
-            PrefillSpan(row, row + c.length, c.start, table())
-            for row, c, table in zip(chunk_rows, plan.prefill, tables, strict=True)
-        ),
-        decode=decode,
-        cache=cache,
-        cache_start=cache_start,
-        cache_rows=cache_rows(),
-        fresh_pages=fresh_pages(),
-        cuts=cuts,
-        dropout=DropoutRows(dropout.rates, dropout_keys()) if dropout else None,
+        start = layout.decode_start
+        decode = DecodeRows(start, positions()[start:], decode_pages(), cache.page_size)
+    prefill = tuple(
+        PrefillSpan(row, row + c.length, c.start, table())
+        for row, c, table in zip(layout.chunk_rows, plan.prefill, tables, strict=True)
     )
-    done = [(c.seq, row + c.length - 1) for c, row in zip(plan.prefill, chunk_rows, strict=True) if _is_last(c)]
-    done += [(seq, decode_start + i) for i, seq in enumerate(plan.decode)]
-    wanted = tuple((c, row) for c, row in zip(plan.prefill, chunk_rows, strict=True) if c.seq.needs_prompt_logits)
-    return Batch(
-        ids_M=ids(),
-        positions_M=positions(),
-        step=step,
-        train_labels=train_labels,
-        eval_labels=_shifted(eval_labels, -num_train),
-        num_eval=cache_start - num_train,
-        sampled=tuple(seq for seq, _ in done),
-        sample_rows=np.asarray([row for _, row in done], dtype=np.int64),
-        prompt_chunks=wanted,
-    )
+    on_device = {
+        "prefill": prefill,
+        "decode": decode,
+        "cache_rows": cache_rows(),
+        "fresh_pages": fresh_pages(),
+        "dropout": DropoutRows(dropout.rates, dropout_keys()) if dropout else None,
+    }
+    return ids(), positions(), on_device
 
 
 def head_step(step: StepContext, rows: Int64s, head_module: int | None, *, with_grad: bool) -> StepContext:
