@@ -10,9 +10,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +18,7 @@ from loquetier.adapters.peft_io import read_adapter
 from loquetier.adapters.peft_write import write_adapter
 from loquetier.adapters.registry import check_name
 from loquetier.adapters.spec import LoraSpec
+from loquetier.arguments import Data, Prompt, checkpoint_config, encode_prompt, given, path_of, records_of
 from loquetier.base.hardware import detect_hardware
 from loquetier.base.loading import load_base
 from loquetier.base.model import Base
@@ -33,7 +32,6 @@ from loquetier.errors import (
     AdapterExistsError,
     AdapterInUseError,
     ConfigError,
-    DataError,
     EngineError,
     EngineStoppedError,
     LoquetierError,
@@ -42,16 +40,8 @@ from loquetier.finetuning import FinetuneHandle, JobCallback, JobObserver
 from loquetier.generation import Collector, Completion, GenerationHandle
 from loquetier.reporting.reporters import open_reporters
 from loquetier.training.checkpoint_dir import CheckpointConfig
-from loquetier.training.data import encode_examples, render_chat
-from loquetier.training.files import read_records
+from loquetier.training.data import encode_examples
 from loquetier.training.job import EvalResult, FinetuneJob
-
-T = TypeVar("T")
-
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-"""Text, token ids, or chat messages (rendered through the model's own template)."""
-Data = str | os.PathLike[str] | Sequence[Mapping[str, Any]]
-"""Records, or the path of a file of them: JSON lines, .json, .csv or .parquet, also compressed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +96,7 @@ class Runtime:
     ) -> None:
         if not isinstance(base, str):
             raise ConfigError(f"base is {type(base).__name__}: must be a preset, a path, or a hub id as a string")
-        wanted = _given(config, EngineConfig, "config") or EngineConfig()
+        wanted = given(config, EngineConfig, "config") or EngineConfig()
         # Memory is counted after the weights are there, so dtype and device are resolved first.
         first = resolve(wanted, detect_hardware(wanted.device))
         loaded = load_base(base, dtype=getattr(torch, first.dtype), device=first.device)
@@ -161,7 +151,7 @@ class Runtime:
         """
         base = self._engine.base
         check_name(name)
-        weights = read_adapter(_path(directory), base.targets, base_names=(base.name,))
+        weights = read_adapter(path_of(directory), base.targets, base_names=(base.name,))
 
         def load() -> AdapterInfo:
             if self._engine.jobs.find(name) is not None:
@@ -235,7 +225,7 @@ class Runtime:
         version, modules, factors = self._loop.call(lambda: self._engine.adapters.factors(model))
         try:
             return write_adapter(
-                _path(directory),
+                path_of(directory),
                 spec=version.spec,
                 modules=modules,
                 factors=factors,
@@ -269,7 +259,7 @@ class Runtime:
         Raises:
             AdapterNotFoundError, ContextLengthError, OutOfKVMemoryError, ConfigError: nothing was queued.
         """
-        params = _given(params, SamplingParams, "params") or SamplingParams()
+        params = given(params, SamplingParams, "params") or SamplingParams()
         if not isinstance(priority, int) or isinstance(priority, bool):
             raise ConfigError(f"priority={priority!r}: must be an integer; lower runs earlier")
         tokens = self.encode(prompt)
@@ -300,7 +290,7 @@ class Runtime:
         self, prompt: Prompt, model: str | None = None, params: SamplingParams | None = None
     ) -> Completion:
         """`generate` for asyncio; cancelling the task aborts the request."""
-        params = _given(params, SamplingParams, "params") or SamplingParams()
+        params = given(params, SamplingParams, "params") or SamplingParams()
         tokens = self.encode(prompt)
         request, events, label = await self._submit_async(tokens, model, params)
         collector = Collector(label, tokens, params.n)
@@ -312,7 +302,7 @@ class Runtime:
         self, prompt: Prompt, model: str | None = None, params: SamplingParams | None = None
     ) -> AsyncIterator[TokenEvent]:
         """`stream` for asyncio."""
-        params = _given(params, SamplingParams, "params") or SamplingParams()
+        params = given(params, SamplingParams, "params") or SamplingParams()
         tokens = self.encode(prompt)
         request, events, label = await self._submit_async(tokens, model, params)
         async for event in self._drain(request, events, Collector(label, tokens, params.n)):
@@ -370,24 +360,7 @@ class Runtime:
         Raises:
             ConfigError: text without a tokenizer, messages without a chat template, or a wrong type.
         """
-        if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, Sequence):
-            raise ConfigError(
-                f"prompt is {type(prompt).__name__}: must be a string, a list of token ids, or a list of chat messages"
-            )
-        if not isinstance(prompt, str) and all(isinstance(t, int) and not isinstance(t, bool) for t in prompt):
-            return [int(t) for t in prompt]  # type: ignore[arg-type]
-        if self.tokenizer is None:
-            raise ConfigError(f"base {self.base_name!r} has no tokenizer; give token ids instead of text")
-        if isinstance(prompt, str):
-            try:
-                return list(self.tokenizer(prompt)["input_ids"])
-            except (UnicodeError, TypeError) as error:  # a lone surrogate is not text
-                raise ConfigError(f"prompt is not valid Unicode text: {error}") from error
-        if not all(isinstance(m, Mapping) for m in prompt):
-            raise ConfigError("prompt must be a string, a list of token ids, or a list of chat messages")
-        if self.tokenizer.chat_template is None:
-            raise ConfigError(f"base {self.base_name!r} has no chat template; give the prompt as text")
-        return render_chat(self.tokenizer, prompt, add_generation_prompt=True)  # type: ignore[arg-type]
+        return encode_prompt(prompt, self.tokenizer, self.base_name)
 
     # --- training ---
 
@@ -427,18 +400,18 @@ class Runtime:
         Raises:
             DataError, AdapterError, ConfigError, CheckpointError, OutOfAdapterMemoryError: nothing was started.
         """
-        training = _given(training, TrainingConfig, "training") or TrainingConfig()
+        training = given(training, TrainingConfig, "training") or TrainingConfig()
         if not isinstance(callbacks, Sequence):
             raise ConfigError(f"callbacks is {type(callbacks).__name__}: must be a list of callables")
         if training.eval_every and eval_data is None:
             raise ConfigError(f"eval_every={training.eval_every} needs eval_data")
-        spec = _given(lora, LoraSpec, "lora") or (LoraSpec() if start_from is None else self._spec_of(start_from))
+        spec = given(lora, LoraSpec, "lora") or (LoraSpec() if start_from is None else self._spec_of(start_from))
         limit = min(training.max_seq_len, self.max_context)
-        examples = encode_examples(_records(data), self.tokenizer, limit)
-        evals = encode_examples(_records(eval_data), self.tokenizer, limit) if eval_data is not None else ()
+        examples = encode_examples(records_of(data), self.tokenizer, limit)
+        evals = encode_examples(records_of(eval_data), self.tokenizer, limit) if eval_data is not None else ()
         reporters = open_reporters(report_to)
-        files = None if output_dir is None else _path(output_dir)
-        place = _checkpoint_config(checkpoint_dir, checkpoint_every, checkpoints_to_keep, resume)
+        files = None if output_dir is None else path_of(output_dir)
+        place = checkpoint_config(checkpoint_dir, checkpoint_every, checkpoints_to_keep, resume)
         handle = FinetuneHandle(self._engine, self._loop, callbacks, reporters, files)
         job = NewJob(name=name, spec=spec, config=training, examples=examples, eval_examples=evals)
         try:
@@ -476,7 +449,7 @@ class Runtime:
 
     def evaluate(self, model: str | None, data: Data, *, max_seq_len: int = 1024) -> EvalResult:
         """Loss and token accuracy of a served model (None: the base) on labelled data, as EVAL rows of steps."""
-        examples = encode_examples(_records(data), self.tokenizer, min(max_seq_len, self.max_context))
+        examples = encode_examples(records_of(data), self.tokenizer, min(max_seq_len, self.max_context))
         done: Future[EvalResult | LoquetierError] = Future()
         name = self._model_name(model)
         self._loop.call(lambda: self._engine.jobs.evaluate(name, examples, done.set_result))
@@ -511,34 +484,3 @@ class Runtime:
     def check_integrity(self) -> None:
         """Pages, slots and references add up. Raises IntegrityError."""
         self._loop.call(self._engine.check_integrity)
-
-
-def _given(value: T | None, kind: type[T], name: str) -> T | None:
-    """`value` if it is None or what it should be; a dictionary in its place would be silently ignored otherwise."""
-    if value is not None and not isinstance(value, kind):
-        raise ConfigError(f"{name} is {type(value).__name__}: must be {kind.__name__}, or None for its defaults")
-    return value
-
-
-def _checkpoint_config(
-    directory: str | os.PathLike[str] | None, every: int, keep: int, resume: bool
-) -> CheckpointConfig | None:
-    if directory is None:
-        if resume:
-            raise ConfigError("resume=True needs the checkpoint_dir to go on from")
-        return None
-    return CheckpointConfig(directory=_path(directory), every=every, keep=keep, resume=resume)
-
-
-def _path(directory: str | os.PathLike[str]) -> Path:
-    if not isinstance(directory, (str, os.PathLike)):
-        raise ConfigError(f"directory is {type(directory).__name__}: must be a path")
-    return Path(directory)
-
-
-def _records(data: Data) -> Sequence[Mapping[str, Any]]:
-    if isinstance(data, (str, os.PathLike)):
-        return read_records(Path(data))
-    if not isinstance(data, Sequence) or isinstance(data, str):
-        raise DataError(f"data is {type(data).__name__}: must be a list of records or the path of a file")
-    return data

@@ -11,13 +11,14 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from loquetier.arguments import Prompt
 from loquetier.config import SamplingParams
 from loquetier.engine.migration import AdapterImage, attach, detach
 from loquetier.engine.request import TokenEvent
 from loquetier.errors import AdapterInUseError
 from loquetier.finetuning import FinetuneHandle, JobCallback
 from loquetier.generation import Completion
-from loquetier.runtime import AdapterInfo, Prompt, Runtime
+from loquetier.runtime import AdapterInfo, Runtime
 from loquetier.training.job import FinetuneJob, JobStatus
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,6 +132,16 @@ def test_train_publish_serve_export_and_load_again(runtime: Runtime, tmp_path: P
     while not events or not events[-1].status.is_final:
         runtime.stats()
     assert [e.record.step for e in events if e.kind == "step" and e.record] == [1, 2, 3, 4, 5, 6]
+
+
+def test_data_may_be_a_file_and_trains_the_same(runtime: Runtime, tmp_path: Path) -> None:
+    lines = "".join(json.dumps(record) + "\n" for record in DATA)
+    (tmp_path / "data.jsonl").write_text(lines, encoding="utf-8")
+    runtime.finetune("listed", DATA, training=TRAINING).wait(60)
+    runtime.finetune("filed", str(tmp_path / "data.jsonl"), training=TRAINING).wait(60)
+    assert runtime.digest("filed") == runtime.digest("listed")
+    with pytest.raises(DataError, match=r"nothing\.jsonl"):
+        runtime.finetune("none", tmp_path / "nothing.jsonl")
 
 
 def test_the_base_answers_while_an_adapter_trains_and_steps_are_shared(runtime: Runtime) -> None:

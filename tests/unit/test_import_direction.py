@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("adapters", "base"),
     ("training",),
     ("engine",),
-    ("generation", "reporting", "finetuning", "checkpointing", "virtual", "runtime"),
+    ("arguments", "generation", "reporting", "finetuning", "checkpointing", "virtual", "runtime"),
     ("cli", "cli_validate", "validate_view", "doctor", "demo", "server", "bench", "cluster", "__main__", ""),
 )
 """Lowest first. A module may import its own layer and those below. The last entry, "", is the package itself."""
