@@ -6,9 +6,9 @@ import asyncio
 import math
 import os
 import queue
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
 
@@ -305,8 +305,10 @@ class Runtime:
         params = given(params, SamplingParams, "params") or SamplingParams()
         tokens = self.encode(prompt)
         request, events, label = await self._submit_async(tokens, model, params)
-        async for event in self._drain(request, events, Collector(label, tokens, params.n)):
-            yield event
+        # Closed with the outer one, not when the garbage collector finds it: leaving must abort at once.
+        async with aclosing(self._drain(request, events, Collector(label, tokens, params.n))) as drained:
+            async for event in drained:
+                yield event
 
     async def _submit_async(
         self, tokens: list[int], model: str | None, params: SamplingParams
@@ -328,7 +330,7 @@ class Runtime:
 
     async def _drain(
         self, request: Request, events: asyncio.Queue[TokenEvent], collector: Collector
-    ) -> AsyncIterator[TokenEvent]:
+    ) -> AsyncGenerator[TokenEvent, None]:
         try:
             while collector.num_open:
                 event = await events.get()

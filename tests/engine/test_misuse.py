@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -144,14 +145,20 @@ def test_a_dropped_handle_and_a_stream_never_read_do_not_go_on(runtime: Runtime)
 
 
 def test_leaving_an_async_stream_early_frees_its_pages(runtime: Runtime) -> None:
+    """The engine's thread is held while the client leaves, so that the answer cannot simply have come to its end."""
+    held = threading.Event()
+
     async def scenario() -> None:
         answer = runtime.astream("x", None, LONG)
         async for _ in answer:
+            runtime._loop.submit(held.wait)
             break
         await answer.aclose()  # type: ignore[attr-defined]
 
     asyncio.run(scenario())
-    stats = runtime.stats()
+    after = runtime._loop.submit(runtime._engine_stats)  # queued behind the abort, before any further step
+    held.set()
+    stats = after.result()
     assert stats.num_running == 0 and stats.kv_pages_free == stats.kv_pages
 
 

@@ -148,7 +148,7 @@ def test_bfloat16_is_as_close_to_float32_as_peft_in_bfloat16(
     """Our error may be up to twice PEFT's.
 
     Both are maxima of the same kind of noise (bfloat16 rounds at 0.4 % after every operation) in a different order of
-    additions. PEFT even has an advantage: it keeps adapter weights in float32, where the arena's are bfloat16.
+    additions. Both keep adapter weights in float32 on a CPU.
     """
     half = copy.deepcopy(model).bfloat16()
     names = ("r4-qv", "r8-all", "r64-all", "r32-rslora", "head")
