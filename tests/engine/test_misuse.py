@@ -22,6 +22,7 @@ from loquetier.errors import (
     EngineError,
     LoquetierError,
 )
+from loquetier.runtime import RuntimeStats
 
 CONFIG = EngineConfig(dtype="float32", kv_memory=4 << 20, adapter_memory=4 << 20)
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -145,20 +146,21 @@ def test_a_dropped_handle_and_a_stream_never_read_do_not_go_on(runtime: Runtime)
 
 
 def test_leaving_an_async_stream_early_frees_its_pages(runtime: Runtime) -> None:
-    """The engine's thread is held while the client leaves, so that the answer cannot simply have come to its end."""
+    """The engine's thread is held while the client leaves, and the client's event loop stays open: neither the answer's
+    own end nor the closed loop may be what ends the request."""
     held = threading.Event()
 
-    async def scenario() -> None:
+    async def scenario() -> RuntimeStats:
         answer = runtime.astream("x", None, LONG)
         async for _ in answer:
             runtime._loop.submit(held.wait)
             break
         await answer.aclose()  # type: ignore[attr-defined]
+        after = runtime._loop.submit(runtime._engine_stats)  # queued behind the abort, before any further step
+        held.set()
+        return after.result()
 
-    asyncio.run(scenario())
-    after = runtime._loop.submit(runtime._engine_stats)  # queued behind the abort, before any further step
-    held.set()
-    stats = after.result()
+    stats = asyncio.run(scenario())
     assert stats.num_running == 0 and stats.kv_pages_free == stats.kv_pages
 
 
