@@ -73,6 +73,15 @@ class RuntimeStats:
     publishes: int
     publish_seconds: float
     """Time spent publishing, over all publishes."""
+    longest_publish: float
+    """Seconds of the slowest publish."""
+    publish_bytes: int
+    """Bytes of weights that publishing copied, over all publishes."""
+
+    @property
+    def mean_publish(self) -> float:
+        """Seconds of a publish on average; 0 before the first."""
+        return self.publish_seconds / self.publishes if self.publishes else 0.0
 
 
 class Runtime:
@@ -481,6 +490,8 @@ class Runtime:
             arena_bytes=engine.arena.total_bytes,
             publishes=engine.jobs.publishes,
             publish_seconds=engine.jobs.publish_seconds,
+            longest_publish=engine.jobs.longest_publish,
+            publish_bytes=engine.jobs.publish_bytes,
         )
 
     def check_integrity(self) -> None:

@@ -123,6 +123,29 @@ def test_views_tile_the_slot_first_all_a_then_all_b() -> None:
     assert not flat[-6:].any() and flat[-7] != 0
 
 
+def test_views_are_used_again_only_for_the_same_layout_at_the_same_place() -> None:
+    one, other = (plan(0, 2),), (plan(0, 1), plan(3, 1))
+    arena = Arena(ALIGN * 16, torch.float32, "cpu")
+    first = arena.allocate(one)
+    views = arena.factors[first]
+    arena.free(first)
+    again = arena.allocate(one)
+    assert arena.factors[again] is views
+    views[0].a_RK.fill_(1)
+    assert arena.flat(again)[:14].eq(1).all() and not arena.flat(again)[14:].any()
+    arena.free(again)
+    different = arena.allocate(other)
+    assert arena.factors[different].keys() == {0, 3}
+    back = arena.allocate(one)
+    assert arena.factors[back] is not views, "another place"
+    for slot in (different, back):
+        arena.free(slot)
+    slots = [arena.allocate((plan(0, 1, 1, 1),)) for _ in range(12)]  # what is kept is bounded
+    for slot in slots:
+        arena.free(slot)
+    assert len(arena._spare_views) <= 8
+
+
 def test_the_error_names_needed_free_and_the_way_out() -> None:
     arena = Arena(ALIGN * 4, torch.float32, "cpu")
     with pytest.raises(OutOfAdapterMemoryError, match=r"needs 1024 bytes.*256 of 256 bytes free.*adapter_memory"):

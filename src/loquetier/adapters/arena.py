@@ -19,6 +19,8 @@ from loquetier.kernels.reference import Factors
 
 ALIGN = 64
 """Slots start at multiples of this many elements: cache lines, and 16-byte vector loads in any dtype."""
+MAX_SPARE_VIEWS = 8
+"""Sets of views of freed runs that are kept for the next slot of the same layout at the same place."""
 
 
 def num_elements(modules: Iterable[ModulePlan]) -> int:
@@ -65,6 +67,9 @@ class Arena:
         self._runs: dict[int, _Run] = {}
         self._modules: dict[int, tuple[ModulePlan, ...]] = {}
         self._next_slot = 0
+        self._spare_views: dict[int, tuple[tuple[ModulePlan, ...], dict[int, Factors]]] = {}
+        """By start of a freed run. A job that publishes takes turns on two runs: making and dropping some hundred views
+        each time took longer than copying the weights."""
         self.factors: dict[int, dict[int, Factors]] = {}
         """slot -> module index -> views: what the kernels read."""
         self.reclaim: Callable[[], bool] = lambda: False
@@ -105,8 +110,13 @@ class Arena:
         self._runs[slot], self._modules[slot] = _Run(run.start, size), modules
         if zeroed:
             self._buffer[run.start : run.start + size].zero_()
-        self.factors[slot] = factor_views(self.flat(slot), modules)
+        self.factors[slot] = self._views_at(slot)
         return slot
+
+    def _views_at(self, slot: int) -> dict[int, Factors]:
+        modules = self._modules[slot]
+        held, views = self._spare_views.pop(self._runs[slot].start, ((), {}))
+        return views if held == modules else factor_views(self.flat(slot), modules)
 
     def _find(self, size: int) -> _Run | None:
         return next((r for r in self._free if r.size >= size), None)
@@ -114,7 +124,9 @@ class Arena:
     def free(self, slot: int) -> int:
         """Give a slot back, zeroed so that no later tenant can see it; returns the bytes freed."""
         run = self._runs.pop(slot)
-        del self._modules[slot], self.factors[slot]
+        self._spare_views[run.start] = (self._modules.pop(slot), self.factors.pop(slot))
+        while len(self._spare_views) > MAX_SPARE_VIEWS:
+            del self._spare_views[next(iter(self._spare_views))]
         self._buffer[run.start : run.start + run.size].zero_()
         self._free = _coalesce([*self._free, run])
         return run.size * self.itemsize

@@ -57,8 +57,8 @@ def run(
         tasks |= {"peft_serve": peer.serve, "peft_train": peer.train}
     seconds = _interleaved(tasks, rounds, tell)
     return {
-        "machine": _machine(),
-        "commit": _commit(),
+        "machine": machine(),
+        "commit": commit(),
         "time": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
         "base": base,
         "dtype": config.dtype,
@@ -109,7 +109,8 @@ def _train_tokens(ours: Ours) -> int:
     return sum(e.num_rows for e in ours.workload.examples(ours.engine.base.vocab_size))
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """What a result must say about where it was measured."""
     import transformers
 
     return {
@@ -130,7 +131,8 @@ def _cpu_model() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
+    """Short hash of the checked-out commit, if any."""
     found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return found.stdout.strip() or None
 

@@ -45,6 +45,10 @@ class Jobs:
     publishes: int = 0
     publish_seconds: float = 0.0
     """Time spent publishing, over all publishes."""
+    longest_publish: float = 0.0
+    """Seconds of the slowest one."""
+    publish_bytes: int = 0
+    """Bytes of weights copied, over all publishes."""
     _ids: count[int] = field(default_factory=lambda: count(1))
     _listeners: dict[int, JobListener] = field(default_factory=dict)
     _unpublished: set[int] = field(default_factory=set)
@@ -311,8 +315,11 @@ class Jobs:
         self.trainer.arena.flat(slot).copy_(self.trainer.arena.flat(job.slot))
         self.registry.publish(job.name, slot, job.spec)
         self._unpublished.discard(job.job_id)
+        seconds = time.perf_counter() - started
         self.publishes += 1
-        self.publish_seconds += time.perf_counter() - started
+        self.publish_seconds += seconds
+        self.longest_publish = max(self.longest_publish, seconds)
+        self.publish_bytes += self.trainer.arena.slot_bytes(slot)
 
     def _end(self, job: FinetuneJob, status: JobStatus, error: LoquetierError | None = None) -> None:
         self.fail_point("job.before_end")
