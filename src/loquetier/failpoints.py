@@ -24,6 +24,8 @@ POINTS: Final = (
     "job.before_publish",
     "job.after_step",
     "job.before_end",
+    "files.after_row",
+    "files.before_replace",
 )
 """Every place there is."""
 FailPoint = Callable[[str], None]

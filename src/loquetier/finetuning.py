@@ -33,8 +33,11 @@ class FinetuneHandle:
         callbacks: Sequence[JobCallback | object] = (),
         reporters: Sequence[JobObserver] = (),
         output_dir: Path | None = None,
+        resumed_job: str | None = None,
     ) -> None:
         """Open the job's files and start the threads that tell of it.
+
+        `resumed_job`: the job's name if it may go on from a checkpoint; files that it left in `output_dir` go on too.
 
         Raises:
             ConfigError: a callback is no callback, or `output_dir` cannot be used. Nothing is left behind.
@@ -48,7 +51,7 @@ class FinetuneHandle:
         self.checkpoint_errors: list[Exception] = []
         """Why checkpoints could not be written (disk full, ...); the one before stays, and the job goes on."""
         observers = [*(as_observer(callback, self._stop) for callback in self.callbacks), *reporters]
-        self._files = None if output_dir is None else JobFiles(output_dir)
+        self._files = None if output_dir is None else JobFiles(output_dir, resumed_job, engine.jobs.fail_point)
         self._pump = EventPump(observers, "loquetier-callbacks")
         # On a thread of their own, which runs nothing of the caller's: `wait` may wait for it.
         self._file_pump = EventPump([self._files] if self._files else [], "loquetier-job-files")
@@ -65,6 +68,8 @@ class FinetuneHandle:
 
     def attach(self, job: FinetuneJob) -> None:
         """Tie the handle to its job; done by the runtime."""
+        if self._job is not None:
+            return  # it ended while it was resumed, and told so before
         self._job = job
         start = JobStart(
             job.name,
@@ -74,6 +79,8 @@ class FinetuneHandle:
             len(job.examples),
             len(job.eval_examples),
             None if self._files is None else self._files.directory,
+            tuple(job.history),
+            bool(job.history) and job.is_eval_due and job.history[-1].evaluation is None,
         )
         for pump in (self._pump, self._file_pump):
             pump.begin(start)
@@ -87,6 +94,7 @@ class FinetuneHandle:
 
     def listen(self, job: FinetuneJob, record: StepRecord | None) -> None:
         """The engine's listener: queues events, never blocks."""
+        self.attach(job)
         if record is None:
             self._put(JobEvent("status", job.name, job.status, None, job.error, job.reason))
         elif record.evaluation is not None:

@@ -401,7 +401,8 @@ class Runtime:
             start_from: continue from a served adapter (same LoraSpec) instead of fresh weights.
             callbacks: callables that get each `JobEvent`, or objects with methods of transformers' TrainerCallback (see
                 `reporting.callbacks`); on a thread of their own, and what they raise cannot fail the job.
-            output_dir: a new directory for ``metrics.jsonl`` and ``results.csv``, on disk after every step.
+            output_dir: a new directory for ``metrics.jsonl`` and ``results.csv``, on disk after every step; with
+                `resume` also the one of the same job, whose files go on from the checkpoint's step.
             report_to: "tensorboard", "wandb", "mlflow", "trackio", or a `JobObserver`; they cannot fail the job either.
             checkpoint_dir: this job's own directory of checkpoints, one every `checkpoint_every` optimizer steps, one
                 at the job's end and one when the runtime is closed; the newest `checkpoints_to_keep` stay.
@@ -423,7 +424,7 @@ class Runtime:
         reporters = open_reporters(report_to)
         files = None if output_dir is None else path_of(output_dir)
         place = checkpoint_config(checkpoint_dir, checkpoint_every, checkpoints_to_keep, resume)
-        handle = FinetuneHandle(self._engine, self._loop, callbacks, reporters, files)
+        handle = FinetuneHandle(self._engine, self._loop, callbacks, reporters, files, name if resume else None)
         job = NewJob(name=name, spec=spec, config=training, examples=examples, eval_examples=evals)
         try:
             self._start(handle, job, start_from, place)

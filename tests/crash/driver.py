@@ -29,6 +29,8 @@ from loquetier import EngineConfig, LoraSpec, Runtime, TrainingConfig
 from loquetier.failpoints import POINTS, VARIABLE
 
 STEPS, EVERY = 30, 3
+ON_RESUME = ("files.before_replace",)
+"""Fail points that only a life after the first passes."""
 CONFIG = EngineConfig(dtype="float32", kv_memory=1 << 20, adapter_memory=1 << 20, max_train_rows=24)
 """Few rows: an optimizer step takes several tapes, so that kills fall between them."""
 SPEC = LoraSpec(r=4, alpha=8)
@@ -59,11 +61,12 @@ def live(base: Path, work: Path) -> None:
             eval_data=DATA[:3],
             checkpoint_dir=work / "checkpoints",
             checkpoint_every=EVERY,
+            output_dir=work / "files",
             resume=True,
         )
         handle.wait()
-        if handle.checkpoint_errors:
-            raise handle.checkpoint_errors[0]
+        for error in (*handle.checkpoint_errors, *handle.file_errors):
+            raise error
         runtime.check_integrity()
         runtime.export_adapter("fox", work / "out", overwrite=True)
 
@@ -111,8 +114,17 @@ def outcome(work: Path) -> dict[str, Any]:
         },
         "moments": hashlib.sha256((newest / "optimizer.safetensors").read_bytes()).hexdigest(),
         "history": [{k: v for k, v in record.items() if k != "seconds"} for record in state["history"]],
+        "results": (work / "files" / "results.csv").read_text(),
+        "metrics": metrics_of(work / "files" / "metrics.jsonl"),
+        "files": sorted(p.name for p in (work / "files").iterdir()),
         "leftovers": sorted(p.name for p in checkpoints.iterdir() if not p.name.startswith("step-")),
     }
+
+
+def metrics_of(path: Path) -> list[list[Any]]:
+    """What the metrics say of the steps: kind, step, loss."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [[x["event"], x["step"], x.get("loss", x.get("valid_loss"))] for x in lines if "step" in x]
 
 
 def killed_at_random(base: Path, work: Path, seconds: float, rng: random.Random) -> int:
@@ -136,7 +148,7 @@ def killed_at_random(base: Path, work: Path, seconds: float, rng: random.Random)
 
 def fail_points_to_visit(num_kills: int, rng: random.Random) -> list[str]:
     """Every fail point at its first pass and, with kills to spare, at a later one."""
-    later = [f"{p}:{rng.randint(2, 4)}" for p in POINTS if p != "job.before_end"]  # that one is passed once
+    later = [f"{p}:{rng.randint(2, 4)}" for p in POINTS if p not in ("job.before_end", *ON_RESUME)]  # passed once
     return [*POINTS, *(later if num_kills >= 4 * len(POINTS) else [])]
 
 
@@ -163,8 +175,11 @@ def main() -> None:
         if point is None:
             kills = killed_at_random(options.base, work, seconds, rng)
         else:
+            kills = 0
+            if point in ON_RESUME:
+                kills += wait(spawn(options.base, work, "job.after_step:10")) == -signal.SIGKILL
             code = wait(spawn(options.base, work, point))
-            kills = int(code == -signal.SIGKILL)
+            kills += code == -signal.SIGKILL
             finish(options.base, work, code)
         left -= kills
         report["runs"].append({"point": point, "kills": kills} | outcome(work))

@@ -36,6 +36,10 @@ def report_of(directory: Path, kills: int, seed: int) -> dict[str, Any]:
 def check(report: dict[str, Any], kills: int) -> None:
     whole = report["unbroken"]
     assert [record["step"] for record in whole["history"]] == list(range(1, 31))
+    header, *rows = whole["results"].splitlines()
+    assert header == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
+    assert [int(row.split(",")[0]) for row in rows] == list(range(1, 31))
+    assert [step for kind, step, _ in whole["metrics"] if kind == "step"] == list(range(1, 31))
     assert sum(run["kills"] for run in report["runs"]) >= kills
     for run in report["runs"]:
         where = f"killed at {run['point'] or 'random instants'}"
@@ -43,15 +47,20 @@ def check(report: dict[str, Any], kills: int) -> None:
         assert run["moments"] == whole["moments"], where
         # Every step once, in order, with the same numbers; only wall time may differ.
         assert run["history"] == whole["history"], where
+        assert run["results"] == whole["results"], where
+        assert run["metrics"] == whole["metrics"], where
+        assert run["files"] == ["metrics.jsonl", "results.csv"], where
         assert run["leftovers"] == [".lock"], where
 
 
 def test_twenty_kills(tmp_path: Path) -> None:
-    report = report_of(tmp_path, 20, seed=1)
-    check(report, 20)
+    report = report_of(tmp_path, 23, seed=1)
+    check(report, 23)
     died = {run["point"] for run in report["runs"] if run["point"] and run["kills"]}
     assert died == set(POINTS), "a fail point was never reached, so nothing was killed there"
-    assert sum(run["kills"] for run in report["runs"] if run["point"] is None) >= 20 - len(POINTS)
+    assert sum(run["kills"] for run in report["runs"] if run["point"] is None) >= 20 - len(
+        POINTS
+    )  # two kills where a life must have ended before
 
 
 @pytest.mark.crash_full

@@ -125,7 +125,7 @@ def test_views_tile_the_slot_first_all_a_then_all_b() -> None:
 
 def test_views_are_used_again_only_for_the_same_layout_at_the_same_place() -> None:
     one, other = (plan(0, 2),), (plan(0, 1), plan(3, 1))
-    arena = Arena(ALIGN * 16, torch.float32, "cpu")
+    arena = Arena(ALIGN * 64, torch.float32, "cpu")
     first = arena.allocate(one)
     views = arena.factors[first]
     arena.free(first)

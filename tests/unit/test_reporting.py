@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -108,6 +109,78 @@ def test_files_of_another_run_are_never_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "results.csv").read_text() == "precious"
     with pytest.raises(ConfigError, match="output_dir"):
         JobFiles(tmp_path / "results.csv")
+
+
+def life(place: Path, history: tuple[StepRecord, ...], pairs: list[JobEvent], **more: Any) -> None:
+    """One life of a job that goes on after `history`, and whose process dies without a word."""
+    files = JobFiles(place, "job")
+    files.begin(replace(start(place), history=history, **more))
+    for event in pairs:
+        files.event(event)
+    files.close()
+
+
+def test_a_resumed_jobs_files_have_each_step_once(tmp_path: Path) -> None:
+    """The checkpoint knows less than the files (steps 2 and 3 are made again), then more (4 was never written)."""
+    evaluated = record(2, 1.25, EvalResult(2.0, 0.5, 7))
+    steps = [JobEvent("step", "job", RUNNING, record(i)) for i in range(1, 5)]
+    life(tmp_path, (), [steps[0], JobEvent("step", "job", RUNNING, record(2, 9.0)), steps[2]])
+    for name in ("metrics.jsonl", "results.csv"):
+        with (tmp_path / name).open("a") as file:
+            file.write('{"event": "st' if name == "metrics.jsonl" else "4,1")  # cut off by the kill
+    again = [
+        JobEvent("step", "job", RUNNING, record(2, 1.25), is_evaluation_due=True),
+        JobEvent("evaluation", "job", RUNNING, evaluated),
+    ]
+    life(tmp_path, (record(1),), again)
+    bad = record(3, math.nan, reason="loss nan")
+    life(tmp_path, (record(1), evaluated, bad, record(4)), [JobEvent("status", "job", DONE)])
+    rows = (tmp_path / "results.csv").read_text().splitlines()
+    header = "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
+    assert rows == [header, "1,1.5,0.25,,", "2,1.25,0.25,2.0,0.5", "3,nan,0.25,,", "4,1.5,0.25,,"]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["event"], line.get("step", line.get("resumed_after_step"))) for line in lines] == [
+        ("begin", None),
+        ("step", 1),
+        ("begin", 1),
+        ("step", 2),
+        ("evaluation", 2),
+        ("warning", 3),
+        ("step", 3),
+        ("step", 4),
+        ("begin", 4),
+        ("status", None),
+    ]
+    assert lines[3]["loss"] == 1.25 and sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "results.csv"]
+
+
+def test_an_evaluation_that_was_cut_off_brings_its_row_once(tmp_path: Path) -> None:
+    whole = record(2, evaluation=EvalResult(2.0, 0.5, 7))
+    life(tmp_path, (), [JobEvent("step", "job", RUNNING, record(1))])
+    after = [JobEvent("evaluation", "job", RUNNING, whole), JobEvent("step", "job", RUNNING, record(3))]
+    life(tmp_path, (record(1), record(2)), after, is_evaluation_due=True)
+    rows = [row.split(",")[0] for row in (tmp_path / "results.csv").read_text().splitlines()]
+    assert rows == ["step", "1", "2", "3"]
+    # The job ends before that evaluation is done: the row comes all the same.
+    life(tmp_path, (record(1), record(2)), [JobEvent("status", "job", FAILED)], is_evaluation_due=True)
+    assert (tmp_path / "results.csv").read_text().splitlines()[1:] == ["1,1.5,0.25,,", "2,1.5,0.25,,"]
+
+
+def test_a_resumed_job_takes_no_files_but_its_own(tmp_path: Path) -> None:
+    deliver(JobFiles(tmp_path), tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match="was not written by job 'other'"):
+        JobFiles(tmp_path, "other")
+    (tmp_path / "results.csv").write_text("precious")
+    with pytest.raises(ConfigError, match="is not a job's table"):
+        JobFiles(tmp_path, "job")
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    (tmp_path / "results.csv").write_text("step,tr")  # killed while its first bytes were written
+    files = JobFiles(tmp_path, "job")
+    files.remove()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before, (
+        "what was there before stays when the job does not start"
+    )
 
 
 @pytest.mark.parametrize("formula", ["=1+1", "+1", "-cmd", "@SUM(A1)", "\tx", -math.inf])

@@ -25,6 +25,10 @@ class JobStart:
     num_eval_examples: int
     output_dir: Path | None = None
     """Where the job's files are written, if anywhere."""
+    history: tuple[StepRecord, ...] = ()
+    """Steps done before a break, when the job goes on from a checkpoint."""
+    is_evaluation_due: bool = False
+    """The evaluation of the last of them was cut off and is made again."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import os
-from dataclasses import asdict
+from collections.abc import Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
+from loquetier.adapters.durable import fsync_directory, write_file
 from loquetier.errors import ConfigError
+from loquetier.failpoints import FailPoint, no_fail_point
 from loquetier.reporting.events import JobEvent, JobStart
-from loquetier.training.job import EvalResult, StepRecord
+from loquetier.reporting.lines import as_json, continued_lines, event_fields, lines_of
+from loquetier.training.job import StepRecord
 
 METRICS_FILE, RESULTS_FILE = "metrics.jsonl", "results.csv"
 HEADER = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
@@ -25,19 +28,29 @@ class JobFiles:
 
     Args:
         directory: made with its parents when missing.
+        resumed_job: the name of a job that may go on from a checkpoint: files that it left are taken up. They are then
+            made anew from its history, so that each step is there once, whatever a kill cut off or left too much.
 
     Raises:
         ConfigError: the directory cannot be made or written, or holds files of another run. Nothing is left behind.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, resumed_job: str | None = None, fail_point: FailPoint = no_fail_point) -> None:
+        self.directory, self._fail_point = directory, fail_point
         self._open: list[IO[str]] = []
+        self._made: list[Path] = []
+        self._kept_lines: list[str] = []
         try:
             directory.mkdir(parents=True, exist_ok=True)
+            if resumed_job is not None:
+                self._kept_lines = lines_of(directory / METRICS_FILE, resumed_job)
+                _check_header(directory / RESULTS_FILE)
             for name in (METRICS_FILE, RESULTS_FILE):
+                path = directory / name
                 # "x": another run's files are never overwritten. No newline translation: the csv module writes its own.
-                self._open.append((directory / name).open("x", encoding="utf-8", newline=""))
+                is_taken_up = resumed_job is not None and path.exists()
+                self._open.append(path.open("a" if is_taken_up else "x", encoding="utf-8", newline=""))
+                self._made += [] if is_taken_up else [path]
         except OSError as error:
             self.remove()
             raise ConfigError(
@@ -45,25 +58,51 @@ class JobFiles:
             ) from error
         self._metrics, self._results = self._open
         self._rows = csv.writer(self._results, lineterminator="\n")
-        self._rows.writerow(HEADER)
         self._waiting: StepRecord | None = None
         """A step whose row waits for the evaluation of the same step."""
+        if resumed_job is None:
+            self._rows.writerow(HEADER)
+        self._is_taken_up = resumed_job is not None
 
     def remove(self) -> None:
         """Delete what was created: the job did not start."""
         for file in self._open:
             file.close()
-            Path(file.name).unlink(missing_ok=True)
+        for path in self._made:
+            path.unlink(missing_ok=True)
 
     def begin(self, start: JobStart) -> None:
         """See `JobObserver`."""
-        fields = asdict(start) | {"output_dir": str(self.directory)}
-        self._write_line({"event": "begin", **fields})
+        fields = asdict(replace(start, history=())) | {"output_dir": str(self.directory)}
+        del fields["history"], fields["is_evaluation_due"]
+        if start.history:
+            fields["resumed_after_step"] = len(start.history)
+        if self._is_taken_up:
+            self._take_up(start, as_json({"event": "begin", **fields}))
+        else:
+            self._write_line({"event": "begin", **fields})
+
+    def _take_up(self, start: JobStart, begin: str) -> None:
+        """Replace both files by what is true of the steps in the checkpoint, and append from there."""
+        self.close()
+        done = list(start.history)
+        if start.is_evaluation_due:
+            self._waiting = done.pop()  # its evaluation is made again and brings the row
+        lines = continued_lines(self._kept_lines, start.job_name, start.history)
+        lines = [*lines, begin] if self._kept_lines else [begin, *lines]
+        rows = [HEADER, *(_cells(record) for record in done)]
+        _replace(self.directory / METRICS_FILE, (line + "\n" for line in lines))
+        self._fail_point("files.before_replace")
+        _replace(self.directory / RESULTS_FILE, (",".join(row) + "\n" for row in rows))
+        for name, place in ((METRICS_FILE, 0), (RESULTS_FILE, 1)):
+            self._open[place] = (self.directory / name).open("a", encoding="utf-8", newline="")
+        self._metrics, self._results = self._open
+        self._rows = csv.writer(self._results, lineterminator="\n")
 
     def event(self, event: JobEvent) -> None:
         """See `JobObserver`."""
         try:
-            self._write_line(_line(event))
+            self._write_line(event_fields(event))
         finally:  # the table must not miss a row because the other file could not be written
             self._write_row(event)
 
@@ -73,7 +112,7 @@ class JobFiles:
             file.close()
 
     def _write_line(self, fields: dict[str, Any]) -> None:
-        self._metrics.write(json.dumps(_finite(fields), ensure_ascii=False, allow_nan=False) + "\n")
+        self._metrics.write(as_json(fields) + "\n")
         _to_disk(self._metrics)
 
     def _write_row(self, event: JobEvent) -> None:
@@ -86,11 +125,28 @@ class JobFiles:
         if record is None:
             return
         self._waiting = None
-        result = record.evaluation
-        cells: list[object] = [record.step, record.loss, record.accuracy]
-        cells += ["", ""] if result is None else [result.loss, result.accuracy]
-        self._rows.writerow([csv_cell(cell) for cell in cells])
+        self._rows.writerow(_cells(record))
         _to_disk(self._results)
+        self._fail_point("files.after_row")
+
+
+def _check_header(path: Path) -> None:
+    """Whether a job wrote this table. Raises ConfigError."""
+    if not path.exists():
+        return
+    header = (",".join(HEADER) + "\n").encode()
+    with path.open("rb") as file:
+        found = file.read(len(header))
+    if not header.startswith(found):  # shorter: killed before the first row
+        raise ConfigError(f"output_dir: {str(path)!r} is not a job's table; give the directory of the job that resumes")
+
+
+def _cells(record: StepRecord) -> list[str]:
+    """A step's row. No cell needs quotes: all are numbers, or text made of one."""
+    result = record.evaluation
+    cells: list[object] = [record.step, record.loss, record.accuracy]
+    cells += ["", ""] if result is None else [result.loss, result.accuracy]
+    return [csv_cell(cell) for cell in cells]
 
 
 def csv_cell(value: object) -> str:
@@ -100,35 +156,13 @@ def csv_cell(value: object) -> str:
     return "'" + text if text.startswith(_FORMULA) and not is_number else text
 
 
-def _line(event: JobEvent) -> dict[str, Any]:
-    fields: dict[str, Any] = {"event": event.kind, "job": event.job_name, "status": event.status.value}
-    record = event.record
-    if event.kind == "evaluation" and record is not None:
-        assert record.evaluation is not None
-        fields |= {"step": record.step, **_evaluation(record.evaluation)}
-    elif record is not None:
-        fields |= {k: v for k, v in asdict(record).items() if k not in ("evaluation", "reason")}
-    if event.reason is not None:
-        fields["reason"] = event.reason
-    if event.error is not None:
-        fields["error"] = {"code": event.error.code, "message": str(event.error)}
-    return fields
-
-
-def _evaluation(result: EvalResult) -> dict[str, float]:
-    return {
-        "valid_loss": result.loss,
-        "valid_mean_token_accuracy": result.accuracy,
-        "valid_num_tokens": result.num_tokens,
-        "valid_perplexity": result.perplexity,
-    }
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _replace(path: Path, lines: Iterable[str]) -> None:
+    """New content for a file that a reader, or a kill, finds with the old one or with the new one."""
+    new = path.with_name(f".{path.name}.new")
+    new.unlink(missing_ok=True)  # of a life that was killed here
+    write_file(new, (line.encode() for line in lines))
+    os.replace(new, path)
+    fsync_directory(path.parent)
 
 
 def _to_disk(file: IO[str]) -> None:
