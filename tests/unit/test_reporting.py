@@ -178,9 +178,7 @@ def test_a_resumed_job_takes_no_files_but_its_own(tmp_path: Path) -> None:
     (tmp_path / "results.csv").write_text("step,tr")  # killed while its first bytes were written
     files = JobFiles(tmp_path, "job")
     files.remove()
-    assert (tmp_path / "metrics.jsonl").read_bytes() == before, (
-        "what was there before stays when the job does not start"
-    )
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before, "what was there stays"
 
 
 @pytest.mark.parametrize("formula", ["=1+1", "+1", "-cmd", "@SUM(A1)", "\tx", -math.inf])
