@@ -18,7 +18,20 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("training",),
     ("engine",),
     ("arguments", "generation", "reporting", "finetuning", "checkpointing", "virtual", "runtime"),
-    ("cli", "cli_validate", "validate_view", "doctor", "demo", "server", "bench", "cluster", "__main__", ""),
+    (
+        "cli",
+        "cli_finetune",
+        "cli_options",
+        "cli_validate",
+        "validate_view",
+        "doctor",
+        "demo",
+        "server",
+        "bench",
+        "cluster",
+        "__main__",
+        "",
+    ),
 )
 """Lowest first. A module may import its own layer and those below. The last entry, "", is the package itself."""
 
