@@ -8,15 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from loquetier.adapters.spec import LoraSpec, ModulePlan, resolve_modules
 from loquetier.config import TrainingConfig
 from loquetier.engine.engine import Engine
 from loquetier.engine.trainer import JobListener
 from loquetier.errors import CheckpointError
 from loquetier.finetuning import FinetuneHandle
-from loquetier.training.checkpoint import JobIdentity, write_checkpoint
+from loquetier.training.checkpoint import JobIdentity, read_checkpoint, write_checkpoint
 from loquetier.training.checkpoint_dir import CheckpointConfig, CheckpointDirectory
 from loquetier.training.checkpoint_state import DataDigest
+from loquetier.training.ending import best_evaluation, improved_now
 from loquetier.training.example import Example
 from loquetier.training.job import FinetuneJob, JobImage, JobStatus, StepRecord
 
@@ -31,6 +34,8 @@ class CheckpointSaver:
         held: the image that the job goes on from, which is on the disk already.
         inner: who else is told. Of the job's end it is told when the last checkpoint is on the disk.
         errors: what failed writes raised; a failed write costs a checkpoint, never the job.
+        saved: told of each checkpoint that is on the disk, on the thread that wrote it.
+        served: weights that were served before a break and are not those of `held`, and their step.
     """
 
     def __init__(
@@ -41,8 +46,11 @@ class CheckpointSaver:
         held: JobImage | None,
         inner: JobListener,
         errors: list[Exception],
+        saved: Callable[[JobImage, Path], None],
+        served: tuple[Tensor, int] | None = None,
     ) -> None:
         self._directory, self._identity, self._inner = directory, identity, inner
+        self._saved, self.served = saved, served
         self._base_name, self._fail_point = engine.base.name, engine.jobs.fail_point
         self._modules: tuple[ModulePlan, ...] = resolve_modules(identity.spec, engine.base.targets)
         self._place = _place(held) if held else None
@@ -61,8 +69,10 @@ class CheckpointSaver:
             record is not None and not record.skipped and (record.evaluation is not None or not job.is_eval_due)
         )
         is_last = job.num_steps == job.total_steps
-        if is_complete and not is_last and job.num_steps % self._directory.config.every == 0:
-            self._writer.put(job.image())
+        is_best = record is not None and record.evaluation is not None and improved_now(job.history)
+        is_due = is_complete and job.num_steps % self._directory.config.every == 0
+        if (is_due or is_best) and not is_last:
+            self._writer.put(job.image(), is_best=is_best)
 
     def save(self, job: FinetuneJob) -> None:
         """One more checkpoint, of a job that goes on or is about to be closed; engine thread only."""
@@ -97,8 +107,10 @@ class CheckpointSaver:
                 fail_point=self._fail_point,
             )
 
-        self._directory.add(len(image.history), write)
+        best = best_evaluation(image.history)
+        path = self._directory.add(len(image.history), write, best.step if best else None)
         self._place = _place(image)
+        self._saved(image, path)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,11 +148,34 @@ def open_checkpoints(
     try:
         found = directory.newest(engine.base.targets, identity, job.examples, job.eval_examples)
         image, handle.resumed = found or (None, None)
-        saver = CheckpointSaver(engine, directory, identity, image, handle.listen, handle.checkpoint_errors)
+        served = None if image is None else _best_weights(engine, directory, identity, image)
+        errors, saved = handle.checkpoint_errors, handle.checkpoint_saved
+        saver = CheckpointSaver(engine, directory, identity, image, handle.listen, errors, saved, served)
+        handle.checkpoint_at = directory.at_step
     except BaseException:
         directory.close()
         raise
     return saver, image
+
+
+def _best_weights(
+    engine: Engine, directory: CheckpointDirectory, identity: JobIdentity, image: JobImage
+) -> tuple[Tensor, int] | None:
+    """With publish="best", what was served before the break: the weights of the best evaluation, and its step."""
+    best = best_evaluation(image.history)
+    if image.config.publish != "best" or best is None:
+        return None
+    if best.step == len(image.history):
+        return image.master, best.step
+    path = directory.at_step(best.step)
+    try:
+        if path is None:
+            raise CheckpointError(f"checkpoint_dir={str(directory.path)!r} has no checkpoint of step {best.step}")
+        found, _ = read_checkpoint(path, engine.base.targets, identity, image.examples, image.eval_examples)
+    except CheckpointError as error:
+        log.warning("job %s: the best weights so far cannot be served again: %s", identity.name, error)
+        return None
+    return found.master, best.step
 
 
 def _place(image: JobImage) -> tuple[object, ...]:
@@ -149,26 +184,32 @@ def _place(image: JobImage) -> tuple[object, ...]:
 
 
 class _Writer:
-    """One thread and a queue of one: the newest image replaces one that still waits."""
+    """One thread and a queue of two: the newest image replaces one that still waits, but for the best one so far."""
 
     def __init__(self, write: Callable[[JobImage], None], errors: list[Exception]) -> None:
         self._write, self._errors = write, errors
         self._changed = threading.Condition()
-        self._waiting: JobImage | None = None
+        self._waiting: list[tuple[JobImage, bool]] = []
+        """Oldest first, each with whether it is the best so far."""
         self._at_end: Callable[[], None] | None = None
         self._thread = threading.Thread(target=self._run, name="loquetier-checkpoints", daemon=True)
         self._thread.start()
 
-    def put(self, image: JobImage) -> None:
+    def put(self, image: JobImage, *, is_best: bool = False) -> None:
         """Write `image` soon; never waits."""
         with self._changed:
-            self._waiting = image
+            self._add(image, is_best)
             self._changed.notify()
 
+    def _add(self, image: JobImage, is_best: bool) -> None:
+        kept = [] if is_best else [waiting for waiting in self._waiting if waiting[1]]
+        self._waiting = [*kept, (image, is_best)]
+
     def finish(self, image: JobImage | None, at_end: Callable[[], None]) -> None:
-        """Write what waits, or rather `image` if given, then call `at_end` and end."""
+        """Write what waits, and then `image` if given, then call `at_end` and end."""
         with self._changed:
-            self._waiting = image or self._waiting
+            if image is not None:
+                self._add(image, False)
             self._at_end = self._at_end or at_end
             self._changed.notify()
 
@@ -184,10 +225,10 @@ class _Writer:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting is not None or self._at_end is not None)
-                image, self._waiting = self._waiting, None
+                self._changed.wait_for(lambda: self._waiting or self._at_end is not None)
+                waiting, self._waiting = self._waiting, []
                 at_end = self._at_end
-            if image is not None:
+            for image, _ in waiting:
                 try:
                     self._write(image)
                 except Exception as error:  # told, and the job goes on

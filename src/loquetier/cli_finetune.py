@@ -85,6 +85,7 @@ def finetune(
     if resume and checkpoint_dir is None:
         raise typer.BadParameter("needs --checkpoint-dir", param_hint="--resume")
     config, spec = TrainingConfig(**training), _lora_spec(lora, start_from)
+    config.check_checkpoints(checkpoint_dir)
     _check_evaluation(config, eval_data)
     records, eval_records = _check_before_training(name, data, eval_data, out)
     from loquetier.runtime import Runtime

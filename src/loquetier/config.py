@@ -171,9 +171,11 @@ class TrainingConfig:
     """A fresh seeded permutation for each epoch; False = file order."""
     seed: int = 0
     """Seeds the initial weights, the data order and what dropout drops."""
-    publish: Literal["every_step", "every_n_steps", "end", "best"] = "every_step"
-    """When the weights in training become a new served version of the job's name; "best": after every evaluation whose
-    loss is lower than all before, so what is served is the best so far (needs evaluation data and eval_every)."""
+    publish: Literal["every_step", "every_n_steps", "checkpoint", "end", "best"] = "every_step"
+    """When the weights in training become a new served version of the job's name; "checkpoint": those of each
+    checkpoint once it is on the disk (needs a checkpoint directory), and of the last step; "best": after every
+    evaluation whose loss is lower than all before, so what is served is the best so far (needs evaluation data and
+    eval_every)."""
     publish_every: int = 1
     """Steps between two publishes with publish="every_n_steps"."""
     eval_every: int = 0
@@ -220,10 +222,10 @@ class TrainingConfig:
             "must be an integer >= 1, or None to let num_epochs decide",
         )
         _check(
-            self.publish in ("every_step", "every_n_steps", "end", "best"),
+            self.publish in ("every_step", "every_n_steps", "checkpoint", "end", "best"),
             "publish",
             self.publish,
-            "must be every_step, every_n_steps, end or best",
+            "must be every_step, every_n_steps, checkpoint, end or best",
         )
         _check(
             _is_int(self.eval_every) and self.eval_every >= 0, "eval_every", self.eval_every, "must be an integer >= 0"
@@ -238,6 +240,11 @@ class TrainingConfig:
         _check(_is_int(self.seed) and 0 <= self.seed < 2**63, "seed", self.seed, "must be an integer in [0, 2**63)")
         self._check_ratio()
         self._check_evaluation()
+
+    def check_checkpoints(self, directory: object | None) -> None:
+        """Refuse to publish checkpoints of a job that makes none. Raises ConfigError."""
+        made = self.publish != "checkpoint" or directory is not None
+        _check(made, "publish", self.publish, "needs checkpoints; give checkpoint_dir (--checkpoint-dir)")
 
     def _check_ratio(self) -> None:
         ratio = self.loraplus_lr_ratio

@@ -5,18 +5,21 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from loquetier.engine.engine import Engine
 from loquetier.engine.loop import EngineLoop
+from loquetier.errors import EngineStoppedError
 from loquetier.reporting.callbacks import as_observer
 from loquetier.reporting.events import JobCallback, JobEvent, JobObserver, JobStart
 from loquetier.reporting.files import JobFiles
 from loquetier.reporting.pump import EventPump
 from loquetier.training.checkpoint_dir import Resumed
 from loquetier.training.ending import BestEvaluation, best_evaluation
-from loquetier.training.job import FinetuneJob, JobStatus, StepRecord
+from loquetier.training.job import FinetuneJob, JobImage, JobStatus, StepRecord
 
 __all__ = ["FinetuneHandle", "JobCallback", "JobEvent", "JobObserver", "poll_steps"]
 
@@ -50,6 +53,8 @@ class FinetuneHandle:
         """The checkpoint that the job went on from, if it did."""
         self.checkpoint_errors: list[Exception] = []
         """Why checkpoints could not be written (disk full, ...); the one before stays, and the job goes on."""
+        self.checkpoint_at: Callable[[int], Path | None] = lambda step: None
+        """The checkpoint of a step, if there is one now; set where the job's checkpoints are opened."""
         observers = [*(as_observer(callback, self._stop) for callback in self.callbacks), *reporters]
         self._files = None if output_dir is None else JobFiles(output_dir, resumed_job, engine.jobs.fail_point)
         self._pump = EventPump(observers, "loquetier-callbacks")
@@ -108,6 +113,16 @@ class FinetuneHandle:
         if job.status.is_final:
             self._end()
 
+    def checkpoint_saved(self, image: JobImage, path: Path) -> None:
+        """A checkpoint is on the disk; called on the thread that wrote it."""
+        if not image.history:
+            return
+        step = len(image.history)
+        self._put(JobEvent("checkpoint", image.name, image.status, image.history[-1], checkpoint=path))
+        if image.config.publish == "checkpoint":
+            with suppress(EngineStoppedError):  # closed meanwhile: nothing is served any more
+                self._loop.submit(lambda: self._engine.jobs.publish_weights(self.job, image.master, step))
+
     def _put(self, event: JobEvent) -> None:
         for pump in (self._pump, self._file_pump):
             pump.put(event)
@@ -151,8 +166,11 @@ class FinetuneHandle:
 
     @property
     def best(self) -> BestEvaluation | None:
-        """Its best evaluation so far; None before the first."""
-        return best_evaluation(self.history)
+        """Its best evaluation so far, and where its weights are; None before the first."""
+        best = best_evaluation(self.history)
+        if best is None:
+            return None
+        return replace(best, checkpoint=self.checkpoint_at(best.step), version=self.job.versions.get(best.step))
 
     @property
     def history(self) -> tuple[StepRecord, ...]:

@@ -417,6 +417,7 @@ class Runtime:
             raise ConfigError(f"callbacks is {type(callbacks).__name__}: must be a list of callables")
         if training.eval_every and eval_data is None:
             raise ConfigError(f"eval_every={training.eval_every} needs eval_data")
+        training.check_checkpoints(checkpoint_dir)
         spec = given(lora, LoraSpec, "lora") or (LoraSpec() if start_from is None else self._spec_of(start_from))
         limit = min(training.max_seq_len, self.max_context)
         examples = encode_examples(records_of(data), self.tokenizer, limit)
@@ -441,8 +442,8 @@ class Runtime:
         listen, jobs = (saver or handle).listen, self._engine.jobs
 
         def start() -> None:
-            if image is not None:
-                handle.attach(jobs.resume(image, listen))
+            if image is not None and saver is not None:
+                handle.attach(jobs.resume(image, listen, saver.served))
             else:
                 data = (new.examples, new.eval_examples)
                 handle.attach(jobs.start(new.name, new.spec, new.config, *data, listen, start_from))

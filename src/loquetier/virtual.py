@@ -15,7 +15,7 @@ from loquetier.arguments import Prompt
 from loquetier.config import SamplingParams
 from loquetier.engine.migration import AdapterImage, attach, detach
 from loquetier.engine.request import TokenEvent
-from loquetier.errors import AdapterInUseError
+from loquetier.errors import AdapterInUseError, ConfigError
 from loquetier.finetuning import FinetuneHandle, JobCallback
 from loquetier.generation import Completion
 from loquetier.runtime import AdapterInfo, Runtime
@@ -49,7 +49,7 @@ class VirtualModel:
         """Leave the runtime: answers under way finish, nothing new is accepted, the job stops between two tapes.
 
         Raises:
-            AdapterNotFoundError: neither served nor in training.
+            AdapterNotFoundError: neither served nor in training. ConfigError: its job has publish="checkpoint".
         """
         return detach_adapter(self.runtime, self.name)
 
@@ -87,6 +87,11 @@ def _pause(runtime: Runtime, name: str) -> JobStatus | None:
     job: FinetuneJob | None = runtime._engine.jobs.find(name)
     if job is None:
         return None
+    if job.config.publish == "checkpoint":
+        raise ConfigError(
+            f"job {name!r} publishes its checkpoints (publish='checkpoint'), and they do not move with it; cancel it "
+            "first, or train with another publish setting"
+        )
     was = job.status
     if was is JobStatus.RUNNING:
         runtime._engine.jobs.set_status(job, JobStatus.PAUSED)

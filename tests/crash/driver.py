@@ -124,7 +124,11 @@ def outcome(work: Path) -> dict[str, Any]:
 def metrics_of(path: Path) -> list[list[Any]]:
     """What the metrics say of the steps: kind, step, loss."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [[x["event"], x["step"], x.get("loss", x.get("valid_loss"))] for x in lines if "step" in x]
+    return [
+        [x["event"], x["step"], x.get("loss", x.get("valid_loss"))]
+        for x in lines
+        if x["event"] in ("step", "evaluation")
+    ]
 
 
 def killed_at_random(base: Path, work: Path, seconds: float, rng: random.Random) -> int:

@@ -133,6 +133,21 @@ def test_train_then_generate_then_continue(
     assert json.loads((second / "adapter_config.json").read_text())["target_modules"] == ["q_proj", "v_proj"]
 
 
+def test_the_options_of_a_job_reach_it(
+    capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path, base: str
+) -> None:
+    files, out = tmp_path / "files", tmp_path / "out"
+    train = ("finetune", str(data), "--name", "a", "--base", base, "--out", str(out), "--dtype", "float32")
+    train += ("--eval-data", str(data), "--eval-every", "2", "--publish", "best", "--output-dir", str(files))
+    train += ("--early-stopping-patience", "1", "--early-stopping-threshold", "1000", "--max-steps", "50")
+    assert exit_code(*train, "--lora-dropout", "0.1", "--use-rslora", "--r", "2", "--batch-size", "4") == 0
+    assert "ended after step 4: early stopping" in capsys.readouterr().out
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["r"], config["use_rslora"], config["lora_dropout"]) == (2, True, 0.1)
+    assert len((files / "results.csv").read_text().splitlines()) == 5
+    assert "[invalid_value]" in failure(capsys, *train[:7], str(tmp_path / "new"), "--report-to", "nobody")
+
+
 def test_interrupted_training_writes_what_was_published(
     capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,7 +76,7 @@ def test_sampling_ranges(field: str, good: list[Any], bad: list[Any]) -> None:
         ("max_seq_len", [2, 4096], [1, 0]),
         ("num_epochs", [1, 3], [0]),
         ("max_steps", [None, 1], [0, -1, 2.5]),
-        ("publish", ["every_step", "every_n_steps", "end"], ["never", "checkpoint"]),
+        ("publish", ["every_step", "every_n_steps", "end"], ["never", "checkpoints"]),
         ("publish_every", [1], [0, 10]),
         ("eval_every", [0, 5], [-1, 0.5]),
         ("seed", [0, 2**63 - 1], [-1, 2**63, 0.5]),

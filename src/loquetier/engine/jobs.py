@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
 
+from torch import Tensor
+
 from loquetier.adapters.arena import num_elements
 from loquetier.adapters.init import initialize_slot
 from loquetier.adapters.registry import AdapterRegistry, check_name
@@ -168,13 +170,17 @@ class Jobs:
             job.restore(image)
         return self._enter(job, listener)
 
-    def resume(self, image: JobImage, listener: JobListener) -> FinetuneJob:
+    def resume(self, image: JobImage, listener: JobListener, served: tuple[Tensor, int] | None = None) -> FinetuneJob:
         """`restore` a checkpoint and run it, and make up for what its last step may still owe.
 
-        That is: its publish (nothing is served after a restart), its evaluation, the job's end. Errors as `start`.
+        That is: its publish (nothing is served after a restart), its evaluation, the job's end. `served`: weights of
+        an earlier step that were served, and that step. Errors as `start`.
         """
         job = self.restore(replace(image, status=JobStatus.RUNNING), listener)
-        if job.num_steps and job.is_published_now:
+        if served is not None:
+            self.publish_weights(job, *served)
+        # What the checkpoint holds is what publish="checkpoint" served last.
+        if job.num_steps and (job.is_published_now or job.config.publish == "checkpoint"):
             self._publish_if_room(job)
         if job.num_steps and job.is_eval_due and job.history[-1].evaluation is None:
             self._evaluate_in_training(job)
@@ -307,14 +313,35 @@ class Jobs:
         if job.reason is not None or job.num_steps == job.total_steps:
             self._end(job, JobStatus.SUCCEEDED)
 
-    def _publish(self, job: FinetuneJob) -> None:
-        """The weights in training become a new served version: one copy between two steps, then the name moves."""
+    def publish_weights(self, job: FinetuneJob, weights: Tensor, step: int) -> bool:
+        """Serve weights of an earlier step of a job that has not ended: those of a checkpoint.
+
+        Args:
+            weights: flat master weights ``[num_elements]`` in slot layout, float32, on any device.
+
+        Returns:
+            False when they are not served: the job has ended, or there is no room (it is logged, and training goes on).
+        """
+        if job.job_id not in self.trainer.jobs or job.status.is_final:
+            return False  # its last weights were published when it ended
+        try:
+            self._publish(job, weights, step)
+        except OutOfAdapterMemoryError as error:
+            log.warning("the checkpoint of step %d of %s is not published: %s", step, job.name, error)
+            return False
+        return True
+
+    def _publish(self, job: FinetuneJob, weights: Tensor | None = None, step: int | None = None) -> None:
+        """A new served version of the weights in training, or of those given: one copy between two steps, then the
+        name moves."""
         self.fail_point("job.before_publish")
         started = time.perf_counter()
         slot = self.trainer.arena.allocate(self.trainer.arena.modules(job.slot), zeroed=False)
-        self.trainer.arena.flat(slot).copy_(self.trainer.arena.flat(job.slot))
-        self.registry.publish(job.name, slot, job.spec)
-        self._unpublished.discard(job.job_id)
+        self.trainer.arena.flat(slot).copy_(self.trainer.arena.flat(job.slot) if weights is None else weights)
+        version = self.registry.publish(job.name, slot, job.spec)
+        job.versions[job.num_steps if step is None else step] = version.number
+        if weights is None:
+            self._unpublished.discard(job.job_id)
         seconds = time.perf_counter() - started
         self.publishes += 1
         self.publish_seconds += seconds
@@ -335,7 +362,7 @@ class Jobs:
                 continue
             del self.trainer.jobs[job.job_id], self._listeners[job.job_id]
             if job.status is JobStatus.SUCCEEDED and job.job_id in self._unpublished:
-                self.registry.publish(job.name, job.slot, job.spec)
+                job.versions[job.num_steps] = self.registry.publish(job.name, job.slot, job.spec).number
             else:
                 self.trainer.arena.free(job.slot)
             self._unpublished.discard(job.job_id)

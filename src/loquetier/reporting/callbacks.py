@@ -114,7 +114,7 @@ class MethodObserver:
             self._step(event.record)
         elif event.kind == "evaluation" and event.record is not None and event.record.evaluation is not None:
             self._evaluation(event.record, event.record.evaluation)
-        elif event.status.is_final:
+        elif event.kind == "status" and event.status.is_final:
             self._call("on_train_end")
 
     def close(self) -> None:

@@ -35,8 +35,8 @@ class JobStart:
 class JobEvent:
     """Something that happened to a job."""
 
-    kind: Literal["step", "warning", "evaluation", "status"]
-    """A skipped step gives a "warning" and then its "step"."""
+    kind: Literal["step", "warning", "evaluation", "checkpoint", "status"]
+    """A skipped step gives a "warning" and then its "step"; "checkpoint" comes when one is on the disk, maybe later."""
     job_name: str
     status: JobStatus
     record: StepRecord | None = None
@@ -47,6 +47,10 @@ class JobEvent:
     """Why a step was skipped, or why the job ended before its last step."""
     is_evaluation_due: bool = False
     """An "evaluation" of this very step follows, unless the job is stopped before."""
+    is_last_step: bool = False
+    """No further step follows (of a "step" without evaluation, or an "evaluation"), unless the job is told to end."""
+    checkpoint: Path | None = None
+    """The directory that a "checkpoint" tells of."""
 
 
 JobCallback = Callable[[JobEvent], None]

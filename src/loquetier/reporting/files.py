@@ -120,7 +120,7 @@ class JobFiles:
             self._waiting = event.record
             return
         record = event.record if event.kind in ("step", "evaluation") else None
-        if record is None and event.status.is_final:
+        if record is None and event.kind == "status" and event.status.is_final:
             record = self._waiting  # ended before its evaluation was done
         if record is None:
             return

@@ -91,6 +91,8 @@ def event_fields(event: JobEvent) -> dict[str, Any]:
     if event.kind == "evaluation" and record is not None:
         assert record.evaluation is not None
         fields |= {"step": record.step, **_evaluation(record.evaluation)}
+    elif event.kind == "checkpoint" and record is not None:
+        fields |= {"step": record.step, "checkpoint": str(event.checkpoint)}
     elif record is not None:
         fields |= {k: v for k, v in asdict(record).items() if k not in ("evaluation", "reason")}
     if event.reason is not None:

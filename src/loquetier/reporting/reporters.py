@@ -72,7 +72,7 @@ class MetricsReporter:
     def event(self, event: JobEvent) -> None:
         """See `JobObserver`."""
         self._status = event.status
-        if self._run is None or event.record is None or event.kind == "warning":
+        if self._run is None or event.record is None or event.kind in ("warning", "checkpoint"):
             return
         evaluation = event.record.evaluation
         metrics = step_metrics(event.record) if evaluation is None else evaluation_metrics(evaluation)

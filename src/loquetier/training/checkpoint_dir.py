@@ -148,14 +148,24 @@ class CheckpointDirectory:
         if damaged:
             fsync_directory(self.path)
 
-    def add(self, step: int, write: Callable[[Path], None]) -> Path:
-        """Have `write` make the next checkpoint, then remove those beyond `keep`. Errors are those of `write`."""
+    def at_step(self, step: int) -> Path | None:
+        """The newest checkpoint of this step; all of a step hold the same weights."""
+        return next((path for path in reversed(self.checkpoints()) if _order(path)[0] == step), None)
+
+    def add(self, step: int, write: Callable[[Path], None], best_step: int | None = None) -> Path:
+        """Have `write` make the next checkpoint, then remove those beyond `keep`, but not that of `best_step`.
+
+        Errors are those of `write`.
+        """
         taken = [_order(path) for path in self.checkpoints()]
         again = max((number for at, number in taken if at == step), default=-1) + 1
         path = self.path / (f"step-{step:06d}" + (f".{again}" if again else ""))
         write(path)
         self._fail_point("checkpoint.before_prune")
+        best = None if best_step is None else self.at_step(best_step)
         for old in self.checkpoints()[: -self.config.keep]:
+            if old == best:
+                continue
             # First out of sight, so that a kill in the middle leaves no half of a checkpoint under a good name.
             gone = old.with_name(f".{old.name}.old-{secrets.token_hex(8)}")
             os.rename(old, gone)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from loquetier.config import TrainingConfig
 from loquetier.errors import ConfigError, TrainingDivergedError
@@ -25,6 +26,15 @@ class BestEvaluation:
     loss: float
     evaluations_since: int
     """Evaluations after the last one that was an improvement by more than the threshold."""
+    checkpoint: Path | None = None
+    """Where the weights of `step` are on the disk, if the job has checkpoints."""
+    version: int | None = None
+    """Under which these weights were published in this process, if they were; it may not be in memory any more."""
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(loss)``."""
+        return math.exp(min(self.loss, 700.0))
 
 
 def best_evaluation(history: Sequence[StepRecord], threshold: float = 0.0) -> BestEvaluation | None:

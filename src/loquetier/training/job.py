@@ -175,6 +175,8 @@ class FinetuneJob:
         self.reason: str | None = None
         """Why it ended before its last step, when it neither failed nor was told to."""
         self.history: list[StepRecord] = []
+        self.versions: dict[int, int] = {}
+        """Number of the version under which the weights of a step were published last, in this process."""
         self.evaluation: EvalTask | None = None
         """Running evaluation on the training slot; no training rows are offered meanwhile."""
         per_step = config.batch_size * config.gradient_accumulation_steps

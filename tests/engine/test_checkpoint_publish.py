@@ -1,0 +1,121 @@
+"""publish="checkpoint" serves what is on the disk; the best checkpoint stays, and is served after a break."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.tiny import save_tiny
+
+from loquetier import EngineConfig, LoraSpec, Runtime, TrainingConfig
+from loquetier.errors import ConfigError
+from loquetier.finetuning import FinetuneHandle, JobEvent
+from loquetier.training.job import FinetuneJob
+from loquetier.virtual import VirtualModel
+
+DATA = [{"prompt": f"{a} then ", "completion": f"{b}!"} for a, b in zip("abcdefgh", "hgfedcba", strict=True)]
+CONFIG = EngineConfig(dtype="float32", kv_memory=4 << 20, adapter_memory=4 << 20, keep_versions=20)
+TRAINING = TrainingConfig(batch_size=2, max_steps=7, learning_rate=1e-2, publish="checkpoint")
+BEST = replace(TRAINING, publish="best", eval_every=1, max_steps=8, learning_rate=0.3)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("base")
+    save_tiny(directory, "llama")
+    return str(directory)
+
+
+def start(runtime: Runtime, directory: Path, training: TrainingConfig, **more: Any) -> FinetuneHandle:
+    lora, every = LoraSpec(r=4, alpha=8), more.pop("checkpoint_every", 2)
+    return runtime.finetune(
+        "fox", DATA, lora=lora, training=training, checkpoint_dir=directory, checkpoint_every=every, **more
+    )
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "adapter_model.safetensors")
+
+
+def assert_serves(runtime: Runtime, model: str, checkpoint: Path, place: Path) -> None:
+    """What is served is what the checkpoint holds, bit for bit."""
+    runtime.export_adapter(model, place)
+    served, saved = weights(place), weights(checkpoint)
+    assert served.keys() == saved.keys() and all(torch.equal(served[key], saved[key]) for key in saved)
+
+
+def test_every_checkpoint_is_served_bit_for_bit_once_it_is_on_the_disk(base: str, tmp_path: Path) -> None:
+    saved: list[JobEvent] = []
+    listen = lambda event: saved.append(event) if event.kind == "checkpoint" else None  # noqa: E731
+    with Runtime(base, config=CONFIG) as runtime:
+        job = start(runtime, tmp_path / "c", TRAINING, checkpoints_to_keep=9, callbacks=[listen])
+        job.wait(60)
+        assert job._pump.join(60)
+        assert [e.record.step for e in saved if e.record][-1] == 7
+        versions = dict(job.job.versions)
+        assert runtime.versions("fox") == sorted(versions.values()) and 7 in versions
+        for step, number in versions.items():
+            path = job.checkpoint_at(step)
+            assert path is not None and path.name == f"step-{step:06d}"
+            assert_serves(runtime, f"fox@{number}", path, tmp_path / f"out-{step}")
+        assert runtime.adapter("fox").version == versions[7]
+
+
+def test_after_a_break_the_checkpoint_is_served_at_once(base: str, tmp_path: Path) -> None:
+    with Runtime(base, config=CONFIG) as runtime:
+        job = start(runtime, tmp_path / "c", replace(TRAINING, max_steps=10**6))
+        while not job.history:
+            job._ended.wait(0.01)
+    with Runtime(base, config=CONFIG) as runtime:
+        job = start(runtime, tmp_path / "c", replace(TRAINING, max_steps=10**6), resume=True)
+        assert job.resumed is not None and job.job.versions[job.resumed.step] == 1
+        job.pause()
+        assert_serves(runtime, "fox@1", job.resumed.path, tmp_path / "out")
+        with pytest.raises(ConfigError, match="publish='checkpoint'"):
+            VirtualModel(runtime, "fox", job).detach()
+        assert job.status.value == "paused"
+
+
+def test_it_needs_checkpoints(base: str) -> None:
+    with (
+        Runtime(base, config=CONFIG) as runtime,
+        pytest.raises(ConfigError, match=r"publish='checkpoint'.*checkpoint_dir"),
+    ):
+        runtime.finetune("fox", DATA, training=TRAINING)
+
+
+def test_the_best_checkpoint_stays_and_is_served_after_a_break(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 2 is the best, its checkpoint falls between two periodic ones, and only one is to be kept."""
+    attach = FinetuneJob.attach_evaluation
+    losses = {2: 0.25}
+
+    def fake(job: FinetuneJob, result: Any) -> None:
+        attach(job, replace(result, loss=losses.get(job.num_steps, 3.0 + job.num_steps)))
+
+    monkeypatch.setattr(FinetuneJob, "attach_evaluation", fake)
+    more: dict[str, Any] = {"eval_data": DATA[:2], "checkpoint_every": 3, "checkpoints_to_keep": 1}
+    place = tmp_path / "c"
+    with Runtime(base, config=CONFIG) as runtime:
+        job = start(runtime, place, BEST, output_dir=tmp_path / "files", **more)
+        job.wait(60)
+        best = job.best
+        assert best is not None and (best.step, best.loss, best.checkpoint) == (2, 0.25, place / "step-000002")
+        assert best.perplexity == pytest.approx(math.exp(0.25)) and best.version == job.job.versions[2]
+        assert sorted(p.name for p in place.iterdir() if p.name != ".lock") == ["step-000002", "step-000008"]
+        assert_serves(runtime, "fox", best.checkpoint, tmp_path / "first")
+    lines = [json.loads(line) for line in (tmp_path / "files" / "metrics.jsonl").read_text().splitlines()]
+    perplexities = [line["valid_perplexity"] for line in lines if line["event"] == "evaluation"]
+    assert len(perplexities) == 8 and perplexities[1] == pytest.approx(math.exp(0.25))
+    with Runtime(base, config=CONFIG) as runtime:  # it had ended: what it served is served again
+        job = start(runtime, place, BEST, resume=True, **more)
+        job.wait(60)
+        assert_serves(runtime, "fox", place / "step-000002", tmp_path / "second")
+        assert job.best is not None and (job.best.step, job.best.version) == (2, 1)
