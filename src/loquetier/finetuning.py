@@ -18,7 +18,7 @@ from loquetier.reporting.events import JobCallback, JobEvent, JobObserver, JobSt
 from loquetier.reporting.files import JobFiles
 from loquetier.reporting.pump import EventPump
 from loquetier.training.checkpoint_dir import Resumed
-from loquetier.training.ending import BestEvaluation, best_evaluation
+from loquetier.training.ending import BestEvaluation, best_evaluation, is_last_step
 from loquetier.training.job import FinetuneJob, JobImage, JobStatus, StepRecord
 
 __all__ = ["FinetuneHandle", "JobCallback", "JobEvent", "JobObserver", "poll_steps"]
@@ -103,13 +103,14 @@ class FinetuneHandle:
         if record is None:
             self._put(JobEvent("status", job.name, job.status, None, job.error, job.reason))
         elif record.evaluation is not None:
-            self._put(JobEvent("evaluation", job.name, job.status, record))
+            is_last = is_last_step(job)
+            self._put(JobEvent("evaluation", job.name, job.status, record, is_last_step=is_last))
         else:
             if record.skipped:
                 log.warning("job %s: step skipped: %s", job.name, record.reason)
                 self._put(JobEvent("warning", job.name, job.status, record, reason=record.reason))
-            due = job.is_eval_due
-            self._put(JobEvent("step", job.name, job.status, record, reason=record.reason, is_evaluation_due=due))
+            due, is_last = job.is_eval_due, is_last_step(job)
+            self._put(JobEvent("step", job.name, job.status, record, None, record.reason, due, is_last))
         if job.status.is_final:
             self._end()
 

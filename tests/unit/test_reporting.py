@@ -235,9 +235,21 @@ def test_a_trainer_callback_is_called_as_by_transformers() -> None:
         ("log", "epoch"),
         ("step", 4, 4 / 3),
         ("log", "epoch"),
-        ("end", 2.0, 5),
+        ("log", "epoch"),
+        ("end", 2.0, 6),
     ]
     assert stops == [1]
+
+
+def test_a_resumed_job_begins_where_it_was() -> None:
+    target = Recorder()
+    observer = as_observer(target, lambda: None)
+    history = (record(1), record(2, evaluation=EvalResult(2.0, 0.5, 7)))
+    observer.begin(replace(start(), history=history))
+    observer.event(JobEvent("step", "job", RUNNING, record(3)))
+    observer.event(JobEvent("evaluation", "job", RUNNING, record(3, evaluation=EvalResult(3.0, 0.5, 7))))
+    assert target.calls[:3] == [("begin", 2, 4), ("step", 3, 1.0), ("log", "epoch")]
+    assert target.calls[-1] == ("evaluate", 3.0, 2.0), "the best before the break is known"
 
 
 def test_transformers_own_early_stopping_callback_works() -> None:

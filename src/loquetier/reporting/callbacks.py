@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +15,28 @@ from loquetier.training.job import EvalResult, StepRecord
 
 log = logging.getLogger("loquetier.jobs")
 
-METHODS = ("on_train_begin", "on_step_end", "on_log", "on_evaluate", "on_train_end")
-"""What is called, each with ``(args, state, control, **more)``; on_log gets ``logs=``, on_evaluate ``metrics=``."""
+METHODS = (
+    "on_init_end",
+    "on_train_begin",
+    "on_epoch_begin",
+    "on_step_begin",
+    "on_substep_end",
+    "on_pre_optimizer_step",
+    "on_optimizer_step",
+    "on_step_end",
+    "on_log",
+    "on_evaluate",
+    "on_save",
+    "on_epoch_end",
+    "on_train_end",
+)
+"""What is called, each with ``(args, state, control, **more)``; on_log gets ``logs=``, on_evaluate ``metrics=``.
+
+Order and arguments are those of transformers' Trainer, with two differences: on_substep_end, on_pre_optimizer_step and
+on_optimizer_step come together when the step is done (they tell, nothing waits for them), and on_save when the
+checkpoint is on the disk, with a state of the checkpoint's step, which may be some steps ago. Never called: on_prediction_step,
+on_predict, on_push_begin.
+"""
 
 
 @dataclass(slots=True)
@@ -33,6 +53,8 @@ class CallbackState:
     best_global_step: int | None = None
     num_input_tokens_seen: int = 0
     log_history: list[dict[str, float]] = field(default_factory=list)
+    last_checkpoint: str | None = None
+    """In on_save: the checkpoint's directory. Not in transformers, where callbacks make the path themselves."""
     is_local_process_zero: bool = True
     is_world_process_zero: bool = True
     is_hyper_param_search: bool = False
@@ -97,6 +119,9 @@ class MethodObserver:
         self._args = SimpleNamespace()
         self._state = CallbackState(0, 0, 0)
         self._steps_per_epoch = 1
+        self._num_examples = 1
+        self._is_epoch_open = False
+        self._seconds, self._losses = 0.0, list[float]()
 
     def begin(self, start: JobStart) -> None:
         """See `JobObserver`."""
@@ -106,24 +131,78 @@ class MethodObserver:
         # The last step of an epoch may hold fewer examples.
         per_step = config.batch_size * config.gradient_accumulation_steps
         self._steps_per_epoch = math.ceil(start.num_examples / per_step)
+        self._num_examples = start.num_examples
+        for record in start.history:
+            self._count(record)
+            if record.evaluation is not None:
+                self._note_best(record, record.evaluation)
+        self._call("on_init_end")
         self._call("on_train_begin")
+        if len(start.history) < start.total_steps and not start.is_evaluation_due:
+            self._begin_step()
 
     def event(self, event: JobEvent) -> None:
         """See `JobObserver`."""
         if event.kind == "step" and event.record is not None:
             self._step(event.record)
+            if not event.is_evaluation_due:
+                self._after_step(event.is_last_step)
         elif event.kind == "evaluation" and event.record is not None and event.record.evaluation is not None:
             self._evaluation(event.record, event.record.evaluation)
+            self._after_step(event.is_last_step)
+        elif event.kind == "checkpoint" and event.record is not None:
+            step = event.record.step
+            at = replace(self._state, global_step=step, epoch=step / self._steps_per_epoch)
+            self._call("on_save", replace(at, last_checkpoint=str(event.checkpoint)))
         elif event.kind == "status" and event.status.is_final:
-            self._call("on_train_end")
+            self._end()
 
     def close(self) -> None:
         """See `JobObserver`."""
 
-    def _step(self, record: StepRecord) -> None:
+    def _begin_step(self) -> None:
+        if not self._is_epoch_open:
+            self._is_epoch_open = True
+            self._call("on_epoch_begin")
+        self._call("on_step_begin")
+
+    def _after_step(self, is_last: bool) -> None:
+        if self._is_epoch_open and self._state.global_step % self._steps_per_epoch == 0:
+            self._end_epoch()
+        if not is_last:
+            self._begin_step()
+
+    def _end_epoch(self) -> None:
+        self._is_epoch_open = False
+        self._call("on_epoch_end")
+
+    def _end(self) -> None:
+        if self._is_epoch_open:
+            self._end_epoch()
+        if self._losses:
+            mean = sum(self._losses) / len(self._losses)
+            self._log({"train_runtime": self._seconds, "train_loss": mean})
+        self._call("on_train_end")
+
+    def _num_micro_batches(self, step: int) -> int:
+        """Of a step (1-based): the last one of an epoch may have fewer."""
+        per_step = self._args.per_device_train_batch_size * self._args.gradient_accumulation_steps
+        left = self._num_examples - (step - 1) % self._steps_per_epoch * per_step
+        return math.ceil(min(per_step, left) / self._args.per_device_train_batch_size)
+
+    def _count(self, record: StepRecord) -> None:
         self._state.global_step = record.step
         self._state.epoch = record.step / self._steps_per_epoch
         self._state.num_input_tokens_seen += record.num_tokens
+        self._seconds += record.seconds
+        self._losses += [] if record.skipped else [record.loss]
+
+    def _step(self, record: StepRecord) -> None:
+        for _ in range(self._num_micro_batches(record.step) - 1):
+            self._call("on_substep_end")
+        self._call("on_pre_optimizer_step")
+        self._call("on_optimizer_step")
+        self._count(record)
         logs = {"loss": record.loss, "grad_norm": record.grad_norm, "learning_rate": record.learning_rate}
         self._call("on_step_end")
         self._log(logs | {"mean_token_accuracy": record.accuracy})
@@ -136,6 +215,9 @@ class MethodObserver:
         }
         self._log(metrics)
         self._call("on_evaluate", metrics=metrics | {"epoch": self._state.epoch})
+        self._note_best(record, result)
+
+    def _note_best(self, record: StepRecord, result: EvalResult) -> None:
         if self._state.best_metric is None or result.loss < self._state.best_metric:
             self._state.best_metric, self._state.best_global_step = result.loss, record.step
 
@@ -144,12 +226,12 @@ class MethodObserver:
         self._state.log_history.append(logs | {"step": self._state.global_step})
         self._call("on_log", logs=logs)
 
-    def _call(self, name: str, **more: object) -> None:
+    def _call(self, name: str, at: CallbackState | None = None, **more: object) -> None:
         method = getattr(self._target, name, None)
         if method is None:
             return
         try:
-            returned = method(self._args, self._state, self._control, **more)
+            returned = method(self._args, at or self._state, self._control, **more)
             self._control = self._control if returned is None else returned
         finally:
             self._obey(name)

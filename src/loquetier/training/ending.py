@@ -94,6 +94,12 @@ def divergence(job: FinetuneJob) -> TrainingDivergedError | None:
     )
 
 
+def is_last_step(job: FinetuneJob) -> bool:
+    """Whether the job ends by itself after the step, or its evaluation, in its last record."""
+    is_stopped = job.history[-1].evaluation is not None and reason_to_stop(job.history, job.config) is not None
+    return is_stopped or job.num_steps == job.total_steps or divergence(job) is not None
+
+
 def nothing_to_publish(job: FinetuneJob) -> TrainingDivergedError | None:
     """The error of a job with publish="best" that has come to its end without an evaluation to be the best."""
     ends = job.num_steps == job.total_steps or reason_to_stop(job.history, job.config) is not None
