@@ -105,6 +105,7 @@ class CheckpointSaver:
                 base_fingerprint=self._identity.base_fingerprint,
                 data=self._identity.data,
                 fail_point=self._fail_point,
+                template_fingerprint=self._identity.template_fingerprint,
             )
 
         best = best_evaluation(image.history)
@@ -140,6 +141,7 @@ def open_checkpoints(
         config=job.config,
         data=DataDigest.of(job.examples, job.eval_examples),
         base_fingerprint=engine.base.fingerprint,
+        template_fingerprint=engine.jobs.template_fingerprint,
     )
     try:
         directory = CheckpointDirectory(config, engine.jobs.fail_point)

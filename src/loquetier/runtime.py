@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import os
 import queue
@@ -10,6 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Se
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import TracebackType
 
 import torch
@@ -39,9 +41,12 @@ from loquetier.errors import (
 from loquetier.finetuning import FinetuneHandle, JobCallback, JobObserver
 from loquetier.generation import Collector, Completion, GenerationHandle
 from loquetier.reporting.reporters import open_reporters
+from loquetier.training.chat import template_fingerprint
 from loquetier.training.checkpoint_dir import CheckpointConfig
 from loquetier.training.data import encode_examples
 from loquetier.training.job import EvalResult, FinetuneJob
+
+log = logging.getLogger("loquetier.adapters")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,10 @@ class AdapterInfo:
     num_users: int
     """Requests running on it now."""
     spec: LoraSpec
+    template_fingerprint: str | None = None
+    """Of the chat template and tokenizer that it was trained under; None = whoever wrote it did not say."""
+    template_differs: bool = False
+    """It was trained under another template or tokenizer than this base's: its chat prompts are new to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,11 +170,21 @@ class Runtime:
         base = self._engine.base
         check_name(name)
         weights = read_adapter(path_of(directory), base.targets, base_names=(base.name,))
+        if self._template_differs(weights.template_fingerprint):
+            log.warning(
+                "adapter %s was trained under another chat template or tokenizer (%.80s) than the base %s has (%s): "
+                "chat prompts are not those it was trained on",
+                name,
+                weights.template_fingerprint,
+                base.name,
+                self.template_fingerprint,
+            )
 
         def load() -> AdapterInfo:
             if self._engine.jobs.find(name) is not None:
                 raise AdapterExistsError(f"a job is training {name!r}; cancel it first, or choose another name")
-            self._engine.adapters.load(name, weights.spec, weights.modules, weights.factors)
+            note = weights.template_fingerprint
+            self._engine.adapters.load(name, weights.spec, weights.modules, weights.factors, note)
             return self._info(name)
 
         return self._loop.call(load)
@@ -240,6 +259,7 @@ class Runtime:
                 factors=factors,
                 base_name=str(self._engine.base.loaded.name),
                 overwrite=overwrite,
+                template_fingerprint=version.template_fingerprint,
             )
         except OSError as error:
             raise AdapterError(f"cannot write {os.fspath(directory)!r}: {error.strerror}") from error
@@ -256,7 +276,17 @@ class Runtime:
             arena.slot_bytes(version.slot),
             version.users,
             version.spec,
+            version.template_fingerprint,
+            self._template_differs(version.template_fingerprint),
         )
+
+    @cached_property
+    def template_fingerprint(self) -> str | None:
+        """What turns this base's conversations into token ids, as ``sha256:...``; None without a tokenizer."""
+        return None if self.tokenizer is None else template_fingerprint(self.tokenizer)
+
+    def _template_differs(self, other: str | None) -> bool:
+        return other is not None and self.template_fingerprint is not None and other != self.template_fingerprint
 
     # --- answers ---
 
@@ -422,6 +452,7 @@ class Runtime:
         limit = min(training.max_seq_len, self.max_context)
         examples = encode_examples(records_of(data), self.tokenizer, limit)
         evals = encode_examples(records_of(eval_data), self.tokenizer, limit) if eval_data is not None else ()
+        self._engine.jobs.template_fingerprint = self.template_fingerprint
         reporters = open_reporters(report_to)
         files = None if output_dir is None else path_of(output_dir)
         place = checkpoint_config(checkpoint_dir, checkpoint_every, checkpoints_to_keep, resume)

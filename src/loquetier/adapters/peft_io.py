@@ -21,7 +21,7 @@ from torch import Tensor
 
 from loquetier.adapters.peft_config import MAX_CONFIG_BYTES, PeftConfig, adapter_digest, parse_config
 from loquetier.adapters.peft_keys import base_copy_name, check_tensors, factor_name
-from loquetier.adapters.peft_write import CONFIG_NAME, TARGETS_METADATA, WEIGHTS_NAME, write_adapter
+from loquetier.adapters.peft_write import CONFIG_NAME, TARGETS_METADATA, TEMPLATE_METADATA, WEIGHTS_NAME, write_adapter
 from loquetier.adapters.safetensors_check import Header, read_header
 from loquetier.adapters.spec import LinearTarget, LoraSpec, ModulePlan, matching_part, resolve_modules
 from loquetier.errors import (
@@ -51,6 +51,8 @@ class AdapterWeights:
     """What the config says that the base was called where the adapter was made."""
     digest: str
     """sha256 (hex) of the weights file's bytes and the settings that decide what the adapter computes."""
+    template_fingerprint: str | None = None
+    """Of the chat template and tokenizer that it was trained under, if whoever wrote it said so."""
 
 
 def read_adapter(
@@ -105,7 +107,10 @@ def read_adapter(
         plan.target.path: (tensors[factor_name(plan.target.path, "A")], tensors[factor_name(plan.target.path, "B")])
         for plan in modules
     }
-    return AdapterWeights(spec, modules, factors, config.base_name, adapter_digest(hashlib.sha256(blob).digest(), spec))
+    digest = adapter_digest(hashlib.sha256(blob).digest(), spec)
+    return AdapterWeights(
+        spec, modules, factors, config.base_name, digest, header.metadata.get(TEMPLATE_METADATA) or None
+    )
 
 
 @contextmanager

@@ -24,6 +24,9 @@ CONFIG_NAME: Final = "adapter_config.json"
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
 TARGETS_METADATA: Final = "loquetier.target_modules"
 """Safetensors metadata key for a `target_modules` string, because the config must hold a list of names."""
+TEMPLATE_METADATA: Final = "loquetier.template_fingerprint"
+"""Safetensors metadata key for the chat template and tokenizer under which the adapter was trained. Here and not in
+the config, whose keys every reader has an opinion about."""
 
 _DTYPES: Final = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -36,6 +39,7 @@ def write_adapter(
     factors: Mapping[str, tuple[Tensor, Tensor]],
     base_name: str | None,
     overwrite: bool = False,
+    template_fingerprint: str | None = None,
 ) -> str:
     """Write an adapter that PEFT, vLLM and SGLang load, and that `read_adapter` gives back unchanged.
 
@@ -50,6 +54,7 @@ def write_adapter(
         factors: by path, A ``[rank, in]`` and B ``[out, rank]``, each float32, float16 or bfloat16, on any device.
         base_name: recorded as `base_model_name_or_path`.
         overwrite: replace `directory` if it holds an adapter and nothing else.
+        template_fingerprint: kept beside the weights, if given; see `training.chat.template_fingerprint`.
 
     Returns:
         The adapter's digest, as `read_adapter` gives it.
@@ -70,6 +75,8 @@ def write_adapter(
         metadata = {"format": "pt"}
         if isinstance(spec.target_modules, str):
             metadata[TARGETS_METADATA] = spec.target_modules
+        if template_fingerprint is not None:
+            metadata[TEMPLATE_METADATA] = template_fingerprint
         weights_sha256 = write_file(temporary / WEIGHTS_NAME, _encode(tensors, metadata))
         config = json.dumps(render_config(spec, modules, base_name), indent=2) + "\n"
         write_file(temporary / CONFIG_NAME, [config.encode("ascii")])

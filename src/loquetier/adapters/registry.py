@@ -35,6 +35,8 @@ class AdapterVersion:
     the publish itself."""
     is_kept: bool = field(default=False)
     """Not live, and kept all the same so that it can be rolled back to."""
+    template_fingerprint: str | None = field(default=None)
+    """Of the chat template and tokenizer that it was trained under; None = not known."""
 
     @property
     def label(self) -> str:
@@ -127,16 +129,16 @@ class AdapterRegistry:
         if name in self._live:
             raise AdapterExistsError(f"{name!r} is already loaded; unload it first, or choose another name")
 
-    def add(self, name: str, slot: int, spec: LoraSpec) -> AdapterVersion:
+    def add(self, name: str, slot: int, spec: LoraSpec, template_fingerprint: str | None = None) -> AdapterVersion:
         """A new name becomes live. Errors as `check_free`."""
         self.check_free(name)
-        return self.publish(name, slot, spec)
+        return self.publish(name, slot, spec, template_fingerprint)
 
-    def publish(self, name: str, slot: int, spec: LoraSpec) -> AdapterVersion:
+    def publish(self, name: str, slot: int, spec: LoraSpec, template_fingerprint: str | None = None) -> AdapterVersion:
         """Make the weights in `slot` the live version of `name`; the version before retires."""
         number = self._last_number.get(name, 0) + 1
         self._last_number[name] = number
-        version = AdapterVersion(name, number, slot, spec)
+        version = AdapterVersion(name, number, slot, spec, template_fingerprint=template_fingerprint)
         old = self._live.get(name)
         self._live[name] = version
         if old is not None:

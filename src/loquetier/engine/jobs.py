@@ -51,6 +51,8 @@ class Jobs:
     """Seconds of the slowest one."""
     publish_bytes: int = 0
     """Bytes of weights copied, over all publishes."""
+    template_fingerprint: str | None = None
+    """Of the base's chat template and tokenizer, under which every job here trains; set by who has the tokenizer."""
     _ids: count[int] = field(default_factory=lambda: count(1))
     _listeners: dict[int, JobListener] = field(default_factory=dict)
     _unpublished: set[int] = field(default_factory=set)
@@ -338,7 +340,7 @@ class Jobs:
         started = time.perf_counter()
         slot = self.trainer.arena.allocate(self.trainer.arena.modules(job.slot), zeroed=False)
         self.trainer.arena.flat(slot).copy_(self.trainer.arena.flat(job.slot) if weights is None else weights)
-        version = self.registry.publish(job.name, slot, job.spec)
+        version = self.registry.publish(job.name, slot, job.spec, self.template_fingerprint)
         job.versions[job.num_steps if step is None else step] = version.number
         if weights is None:
             self._unpublished.discard(job.job_id)
@@ -362,7 +364,8 @@ class Jobs:
                 continue
             del self.trainer.jobs[job.job_id], self._listeners[job.job_id]
             if job.status is JobStatus.SUCCEEDED and job.job_id in self._unpublished:
-                job.versions[job.num_steps] = self.registry.publish(job.name, job.slot, job.spec).number
+                version = self.registry.publish(job.name, job.slot, job.spec, self.template_fingerprint)
+                job.versions[job.num_steps] = version.number
             else:
                 self.trainer.arena.free(job.slot)
             self._unpublished.discard(job.job_id)

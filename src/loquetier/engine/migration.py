@@ -27,6 +27,8 @@ class AdapterImage:
     """By module path, A ``[r, in]`` and B ``[out, r]``, as served last; None when nothing was published yet."""
     job: JobImage | None
     """Its job, if it was in training."""
+    template_fingerprint: str | None = None
+    """Of what was served last."""
 
 
 def detach(engine: Engine, name: str) -> AdapterImage:
@@ -43,13 +45,14 @@ def detach(engine: Engine, name: str) -> AdapterImage:
     if job is not None and (job.has_open_rows or job.evaluation is not None):
         raise AdapterInUseError(f"job {name!r} is in the middle of a step; pause it and wait for the step's end")
     factors = engine.adapters.factors(name)[2] if is_served else None
-    spec = engine.registry.resolve(name).spec if is_served else None
+    version = engine.registry.resolve(name) if is_served else None
     image = AdapterImage(
         name=name,
         base_fingerprint=engine.base.fingerprint,
-        spec=spec or (job.spec if job else LoraSpec()),
+        spec=version.spec if version else (job.spec if job else LoraSpec()),
         factors=factors,
         job=job.image() if job else None,
+        template_fingerprint=version.template_fingerprint if version else None,
     )
     if is_served:
         engine.adapters.unload(name)
@@ -71,7 +74,7 @@ def attach(engine: Engine, image: AdapterImage, listener: JobListener) -> Finetu
         )
     if image.factors is not None:
         modules = resolve_modules(image.spec, engine.base.targets)
-        engine.adapters.load(image.name, image.spec, modules, image.factors)
+        engine.adapters.load(image.name, image.spec, modules, image.factors, image.template_fingerprint)
     if image.job is None:
         return None
     try:

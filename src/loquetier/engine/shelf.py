@@ -22,7 +22,12 @@ class AdapterShelf:
     registry: AdapterRegistry
 
     def load(
-        self, name: str, spec: LoraSpec, modules: tuple[ModulePlan, ...], factors: Mapping[str, tuple[Tensor, Tensor]]
+        self,
+        name: str,
+        spec: LoraSpec,
+        modules: tuple[ModulePlan, ...],
+        factors: Mapping[str, tuple[Tensor, Tensor]],
+        template_fingerprint: str | None = None,
     ) -> AdapterVersion:
         """Put an adapter's factors (A ``[r, in]``, B ``[out, r]`` by path) into a slot and serve it as `name`.
 
@@ -36,7 +41,7 @@ class AdapterShelf:
             view = self.arena.factors[slot][module.target.index]
             view.a_RK.copy_(a_RK)
             view.b_RN.copy_(b_NR.T)
-        return self.registry.add(name, slot, spec)
+        return self.registry.add(name, slot, spec, template_fingerprint)
 
     def digest(self, model: str) -> str:
         """sha256 of a version's layout (paths, ranks, scales) and weights; equal weights, equal digest.

@@ -34,8 +34,8 @@ METHODS = (
 
 Order and arguments are those of transformers' Trainer, with two differences: on_substep_end, on_pre_optimizer_step and
 on_optimizer_step come together when the step is done (they tell, nothing waits for them), and on_save when the
-checkpoint is on the disk, with a state of the checkpoint's step, which may be some steps ago. Never called: on_prediction_step,
-on_predict, on_push_begin.
+checkpoint is on the disk, with a state of the checkpoint's step, which may be some steps ago. Never called:
+on_prediction_step, on_predict, on_push_begin.
 """
 
 

@@ -62,6 +62,8 @@ class JobIdentity:
     config: TrainingConfig
     data: DataDigest
     base_fingerprint: str
+    template_fingerprint: str | None = None
+    """Not compared as the rest is: what it decides is in the data's digest. A difference is told."""
 
 
 def write_checkpoint(
@@ -73,6 +75,7 @@ def write_checkpoint(
     base_fingerprint: str,
     data: DataDigest,
     fail_point: FailPoint = no_fail_point,
+    template_fingerprint: str | None = None,
 ) -> None:
     """Write a new checkpoint: files made durable in a temporary sibling, which is then renamed.
 
@@ -90,7 +93,14 @@ def write_checkpoint(
     fail_point("checkpoint.before_write")
     try:
         factors = _peft_factors(image.master, modules)
-        write_adapter(temporary, spec=image.spec, modules=modules, factors=factors, base_name=base_name)
+        write_adapter(
+            temporary,
+            spec=image.spec,
+            modules=modules,
+            factors=factors,
+            base_name=base_name,
+            template_fingerprint=template_fingerprint,
+        )
         fail_point("checkpoint.after_weights")
         tensors = {"grad": image.grad} | {f"moments.{name}": tensor for name, tensor in image.moments.items()}
         write_file(temporary / OPTIMIZER_NAME, [safetensors.torch.save(tensors)])
@@ -161,7 +171,11 @@ def read_checkpoint(
         )
     except (AdapterError, KeyError, OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"checkpoint {str(directory)!r}: {error}") from error
-    return image, differences("environment", environment(), state["environment"])
+    changed = differences("environment", environment(), state["environment"])
+    now, then = identity.template_fingerprint, weights.template_fingerprint
+    if now is not None and then is not None:
+        changed += differences("base", {"template_fingerprint": now}, {"template_fingerprint": then})
+    return image, changed
 
 
 def _verified_state(directory: Path) -> dict[str, Any]:
