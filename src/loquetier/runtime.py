@@ -10,7 +10,7 @@ import queue
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from types import TracebackType
 
@@ -26,7 +26,7 @@ from loquetier.base.loading import load_base
 from loquetier.base.model import Base
 from loquetier.checkpointing import CheckpointSaver, NewJob, open_checkpoints
 from loquetier.config import EngineConfig, SamplingParams, TrainingConfig, resolve
-from loquetier.engine.engine import Engine, Totals
+from loquetier.engine.engine import Engine
 from loquetier.engine.loop import EngineLoop
 from loquetier.engine.request import Request, TokenEvent
 from loquetier.errors import (
@@ -40,6 +40,8 @@ from loquetier.errors import (
 )
 from loquetier.finetuning import FinetuneHandle, JobCallback, JobObserver
 from loquetier.generation import Collector, Completion, GenerationHandle
+from loquetier.info import AdapterInfo as AdapterInfo
+from loquetier.info import RuntimeStats as RuntimeStats
 from loquetier.reporting.reporters import open_reporters
 from loquetier.training.chat import template_fingerprint
 from loquetier.training.checkpoint_dir import CheckpointConfig
@@ -47,50 +49,6 @@ from loquetier.training.data import encode_examples
 from loquetier.training.job import EvalResult, FinetuneJob
 
 log = logging.getLogger("loquetier.adapters")
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterInfo:
-    """One served name."""
-
-    name: str
-    version: int
-    num_modules: int
-    num_bytes: int
-    """In the arena."""
-    num_users: int
-    """Requests running on it now."""
-    spec: LoraSpec
-    template_fingerprint: str | None = None
-    """Of the chat template and tokenizer that it was trained under; None = whoever wrote it did not say."""
-    template_differs: bool = False
-    """It was trained under another template or tokenizer than this base's: its chat prompts are new to it."""
-
-
-@dataclass(frozen=True, slots=True)
-class RuntimeStats:
-    """What the engine did and holds."""
-
-    totals: Totals
-    tokens_generated: int
-    num_running: int
-    num_waiting: int
-    kv_pages_free: int
-    kv_pages: int
-    arena_bytes_free: int
-    arena_bytes: int
-    publishes: int
-    publish_seconds: float
-    """Time spent publishing, over all publishes."""
-    longest_publish: float
-    """Seconds of the slowest publish."""
-    publish_bytes: int
-    """Bytes of weights that publishing copied, over all publishes."""
-
-    @property
-    def mean_publish(self) -> float:
-        """Seconds of a publish on average; 0 before the first."""
-        return self.publish_seconds / self.publishes if self.publishes else 0.0
 
 
 class Runtime:

@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("adapters", "base"),
     ("training",),
     ("engine",),
-    ("arguments", "generation", "reporting", "finetuning", "checkpointing", "virtual", "runtime"),
+    ("arguments", "info", "generation", "reporting", "finetuning", "checkpointing", "virtual", "runtime"),
     (
         "cli",
         "cli_finetune",

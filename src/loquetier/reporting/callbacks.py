@@ -186,9 +186,10 @@ class MethodObserver:
 
     def _num_micro_batches(self, step: int) -> int:
         """Of a step (1-based): the last one of an epoch may have fewer."""
-        per_step = self._args.per_device_train_batch_size * self._args.gradient_accumulation_steps
+        batch: int = self._args.per_device_train_batch_size
+        per_step: int = batch * self._args.gradient_accumulation_steps
         left = self._num_examples - (step - 1) % self._steps_per_epoch * per_step
-        return math.ceil(min(per_step, left) / self._args.per_device_train_batch_size)
+        return math.ceil(min(per_step, left) / batch)
 
     def _count(self, record: StepRecord) -> None:
         self._state.global_step = record.step
