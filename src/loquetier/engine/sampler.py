@@ -28,6 +28,7 @@ from torch import Tensor
 
 from loquetier.config import SamplingParams
 from loquetier.errors import ConfigError, EngineError
+from loquetier.kernels.softmax import probabilities
 
 MIN_LOGPROB = -9999.0
 """Reported in place of -inf, which JSON cannot carry (vLLM uses the same number)."""
@@ -383,9 +384,10 @@ def _logprob_table(logits_NV: Tensor, rows: Sequence[int], chosen_M: Tensor, wid
     parts = []
     for part in _chunks(len(rows), logits_NV.shape[1]):
         x_MV = logits_NV.index_select(0, _index(rows[part], logits_NV)).float()
-        logprobs_MV = torch.log_softmax(x_MV, dim=-1).clamp(min=MIN_LOGPROB)
         top_MK = _key_ids(_ordered_keys(x_MV).topk(width, dim=-1).values)
-        picked = logprobs_MV.gather(1, torch.cat([chosen_M[part][:, None], top_MK], dim=1)).double()
+        # The formula of the loss: what is served has the log-probability that was trained, to the bit.
+        found = probabilities(x_MV, torch.cat([chosen_M[part][:, None], top_MK], dim=1)).logprobs_NK
+        picked = found.clamp(min=MIN_LOGPROB).double()
         parts.append(torch.cat([picked[:, :1], top_MK.double(), picked[:, 1:]], dim=1))
     return torch.cat(parts)
 

@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from loquetier.kernels.softmax import Probabilities, probabilities
+
 CHUNK_ROWS = 256
 """256 rows x 128k vocabulary x 4 bytes = 128 MiB of logits at a time."""
 
@@ -58,20 +60,20 @@ def linear_cross_entropy(
         with torch.set_grad_enabled(with_grad):
             logits_nV = head(hidden_nD, rows)
         logits32_nV = logits_nV.detach().float()
-        log_z_n = logits32_nV.logsumexp(-1)
-        nll.append(log_z_n - logits32_nV.gather(-1, targets_n[:, None])[:, 0])
+        found = probabilities(logits32_nV, targets_n[:, None])
+        nll.append(-found.logprobs_NK[:, 0])
         correct.append((logits32_nV.argmax(-1) == targets_n).float())
         if grad_TD is not None:
             weights_n = torch.from_numpy(labels.weights[at : at + CHUNK_ROWS]).to(device)
-            dlogits_nV = _dlogits(logits32_nV, log_z_n, targets_n, weights_n).to(logits_nV.dtype)
+            dlogits_nV = _dlogits(found, targets_n, weights_n).to(logits_nV.dtype)
             (dhidden_nD,) = torch.autograd.grad(logits_nV, hidden_nD, dlogits_nV)
             grad_TD.index_copy_(0, rows_n, dhidden_nD)
     empty = hidden_TD.new_zeros(0, dtype=torch.float32)
     return RowLosses(torch.cat(nll) if nll else empty, torch.cat(correct) if correct else empty), grad_TD
 
 
-def _dlogits(logits_nV: Tensor, log_z_n: Tensor, targets_n: Tensor, weights_n: Tensor) -> Tensor:
-    """``weight * (softmax - onehot)``."""
-    d_nV = torch.exp(logits_nV - log_z_n[:, None])
+def _dlogits(found: Probabilities, targets_n: Tensor, weights_n: Tensor) -> Tensor:
+    """``weight * (softmax - onehot)``, in place of the exponentials."""
+    d_nV = found.exp_NV.div_(found.total_N1)
     d_nV[torch.arange(len(targets_n), device=d_nV.device), targets_n] -= 1.0
     return d_nV.mul_(weights_n[:, None])
