@@ -239,8 +239,17 @@ def peft_gradients(twin: Any, examples: Sequence[Example]) -> Factors:
     return {path: (a.grad.clone(), b.grad.clone()) for path, (a, b) in peft_parameters(twin).items()}
 
 
-def peft_train(twin: Any, examples: Sequence[Example], config: TrainingConfig, total_steps: int) -> list[float]:
-    """The loop that everybody writes: one example at a time, torch's AdamW, transformers' schedule. Losses per step."""
+def peft_train(
+    twin: Any,
+    examples: Sequence[Example],
+    config: TrainingConfig,
+    total_steps: int,
+    after_step: Callable[[int], None] = lambda step: None,
+) -> list[float]:
+    """The loop that everybody writes: one example at a time, torch's AdamW, transformers' schedule. Losses per step.
+
+    `after_step` is called with the number of optimizer steps done.
+    """
     parameters = [p for p in twin.parameters() if p.requires_grad]
     adam: dict[str, Any] = {
         "lr": config.learning_rate,
@@ -274,6 +283,7 @@ def peft_train(twin: Any, examples: Sequence[Example], config: TrainingConfig, t
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss)
+        after_step(len(losses))
     return losses
 
 
