@@ -2,7 +2,8 @@
 
 Each method runs in a process of its own: Hugging Face + PEFT under autograd (`peft-sdpa`, `peft-eager`,
 `peft-checkpointing`), and our engine on the `graph` and the `replay` tape. All start from the same adapter; their
-gradients are compared with those of the first method.
+gradients are compared with those of the first method and, with `--exact`, with PEFT's own in float64: that tells whose
+rounding a difference is.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from loquetier.errors import EngineError
 from loquetier.training.data import Example
 
 METHODS = ("peft-sdpa", "peft-eager", "peft-checkpointing", "graph", "replay")
+EXACT = "peft-float64"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +54,7 @@ class Measured:
 
 def measure(method: str, base: str, adapter: Path, tokens: int, window: int, gradients: Path) -> Measured:
     """Run one method in this process and write its gradients to a safetensors file."""
-    loaded = load_base(base, dtype=torch.float32, device="cpu")
+    loaded = load_base(base, dtype=torch.float64 if method == EXACT else torch.float32, device="cpu")
     rng = Random(0)
     example = tuple(rng.randrange(5, int(loaded.model.config.vocab_size)) for _ in range(tokens))
     run: Any
@@ -157,31 +159,34 @@ def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str,
     }
 
 
-def compare(base: str, methods: list[str], tokens: int, window: int, threads: int) -> dict[str, Any]:
-    """Every method in its own process; bytes, seconds, gradients against the first method's and ratios to it."""
+def compare(
+    base: str, methods: list[str], tokens: int, window: int, threads: int, *, exact: bool = False
+) -> dict[str, Any]:
+    """Every method in its own process; bytes, seconds, gradients against the first method's and ratios to it.
+
+    Args:
+        exact: also run PEFT in float64; each result then says under "error" how far it is from that.
+    """
     results: list[dict[str, Any]] = []
+    gradients: dict[str, dict[str, Tensor]] = {}
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         targets = Base(load_base(base, dtype=torch.float32, device="cpu")).targets
         adapter = write_adapters(Workload(num_adapters=1), targets, place)["a0"]
-        first: dict[str, Tensor] | None = None
-        for method in methods:
+        for method in (*methods, EXACT) if exact else methods:
             file = place / f"{method}.safetensors"
             arguments = ["--one", method, "--adapter", str(adapter), "--gradients", str(file)]
             shared = ["--base", base, "--tokens", str(tokens), "--window", str(window), "--threads", str(threads)]
-            command = [sys.executable, "-m", "loquetier.bench.tape_memory", *arguments, *shared]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-            if done.returncode:
-                raise EngineError(
-                    f"{method} ended with exit code {done.returncode}; out of memory? See its output above"
-                )
-            result = json.loads(done.stdout.splitlines()[-1])
-            gradients = load_file(file)
-            first = first or gradients
-            result |= differences(gradients, first)
-            results.append(result)
-            result["bytes_ratio"] = results[0]["peak_tensor_bytes"] / result["peak_tensor_bytes"]
+            result = _in_a_process(method, [*arguments, *shared])
+            gradients[method] = load_file(file)
+            if method != EXACT:
+                results.append(result)
             print(f"{method}: {result['peak_tensor_bytes'] / MIB:.0f} MiB, {result['seconds']:.1f} s", file=sys.stderr)
+    for method, result in zip(methods, results, strict=True):
+        result |= differences(gradients[method], gradients[methods[0]])
+        result["bytes_ratio"] = results[0]["peak_tensor_bytes"] / result["peak_tensor_bytes"]
+        if exact:
+            result["error"] = differences(gradients[method], gradients[EXACT])
     return {
         "base": base,
         "tokens": tokens,
@@ -193,6 +198,15 @@ def compare(base: str, methods: list[str], tokens: int, window: int, threads: in
     }
 
 
+def _in_a_process(method: str, arguments: list[str]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "loquetier.bench.tape_memory", *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise EngineError(f"{method} ended with exit code {done.returncode}; out of memory? See its output above")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -202,7 +216,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["peft-sdpa", "graph", "replay"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, default=Path("bench-output/tape-memory.json"))
-    parser.add_argument("--one", choices=METHODS, help=argparse.SUPPRESS)
+    parser.add_argument("--exact", action="store_true", help="compare with PEFT in float64 too")
+    parser.add_argument("--one", choices=(*METHODS, EXACT), help=argparse.SUPPRESS)
     parser.add_argument("--adapter", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--gradients", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -211,7 +226,7 @@ def main() -> None:
         one = measure(args.one, args.base, args.adapter, args.tokens, args.window, args.gradients)
         print(json.dumps(asdict(one)))
         return
-    result = compare(args.base, args.methods, args.tokens, args.window, args.threads)
+    result = compare(args.base, args.methods, args.tokens, args.window, args.threads, exact=args.exact)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))
