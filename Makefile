@@ -11,10 +11,10 @@ PIP_INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 # The stamp carries a checksum of what decides the installation: same files, nothing to do.
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: help install demo serve test crash check fix bench
+.PHONY: help install demo serve test crash check fix bench learning
 
 help:
-	@echo "make install | demo | serve | test | crash | check | fix | bench"
+	@echo "make install | demo | serve | test | crash | check | fix | bench | learning"
 
 install: $(STAMP)
 
@@ -53,3 +53,9 @@ fix: install
 
 bench: install
 	$(BIN)/loquetier bench
+
+# DATA: GSM8K's training file in JSON lines. About 15 minutes on one core; docs/learning.md shows the result.
+DATA ?= gsm8k_train.jsonl
+learning: install
+	$(BIN)/python -m loquetier.bench.gsm8k $(DATA) --output docs/benchmarks/gsm8k-cpu.json
+	$(BIN)/python -m loquetier.bench.learning_page docs/benchmarks/gsm8k-cpu.json docs/learning.md
