@@ -167,10 +167,10 @@ def test_layers_below_the_first_trained_one_have_no_units(
         ran.append(1)
         run_unit(tape)
 
+    engines = {tape: make_engine(model={"layers": 5}, tape=tape, train_window=16) for tape in ("graph", "replay")}
     monkeypatch.setattr(ReplayTape, "run_unit", counted)
     gradients = {}
-    for tape in ("graph", "replay"):
-        engine = make_engine(model={"layers": 5}, tape=tape, train_window=16)
+    for tape, engine in engines.items():
         load_random_adapter(engine, "from", spec, 3)
         config = TrainingConfig(batch_size=2, max_steps=1)
         job = start(engine, "job", spec, config, random_examples(2, 20, 20, 9), start_from="from")
@@ -233,8 +233,7 @@ def kept_by_forward(layers: int, rows: int, inference: int) -> Kept:
         assert isinstance(tape, ReplayTape) and tape._final_leaf is not None
         kept.add([tape._final_leaf])
         for layer in tape._layers:
-            assert layer.kv_KTD is not None
-            kept.add([layer.input_1TD, *layer.kv_KTD])
+            kept.add([layer.input_1TD, *tape._kv[layer.number]])
             arguments, keywords = layer.call.args, layer.call.kwargs
             kept.add(row.tensor for row in (*arguments, *keywords["position_embeddings"], keywords["position_ids"]))
         return hidden_MD

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from loquetier.config import EngineConfig
 from loquetier.engine.cost import MIN_SEEN, StepCostModel, StepFeatures
 from loquetier.engine.policy import (
     MAX_STEPS_WITHOUT_TRAINING,
+    MIN_WINDOW_ROWS,
     StepRoom,
     TrainLimits,
     admission_order,
@@ -22,7 +24,7 @@ from loquetier.engine.policy import (
     tape_for,
     training_share,
 )
-from loquetier.engine.rows import REPLAY_COST, Sequence, TrainItem
+from loquetier.engine.rows import REPLAY_COST, Sequence, TrainItem, cut_rows
 from loquetier.errors import ConfigError
 
 
@@ -172,11 +174,15 @@ def test_an_item_above_the_train_limit_runs_alone() -> None:
     assert ids(share.items) == [(1, 0)]
 
 
-def test_an_item_above_max_rows_waits_for_a_quiet_step_but_not_for_ever() -> None:
-    items = items_of(1, 500, 10)
-    assert training_share(items, room()).items == ()
-    assert ids(training_share(items, room(traffic=False, decode=0)).items) == [(1, 0)]
-    assert ids(training_share(items, room(steps_without=MAX_STEPS_WITHOUT_TRAINING)).items) == [(1, 0)]
+@pytest.mark.parametrize(("tape", "can_replay"), [("graph", True), ("auto", False)])
+def test_without_windows_an_item_above_max_rows_waits_for_a_quiet_step_but_not_for_ever(
+    tape: str, can_replay: bool
+) -> None:
+    items, limits = items_of(1, 500, 10), TrainLimits(can_replay=can_replay)
+    assert training_share(items, room(tape=tape), limits=limits).items == ()
+    for due in (room(tape=tape, traffic=False, decode=0), room(tape=tape, steps_without=MAX_STEPS_WITHOUT_TRAINING)):
+        share = training_share(items, due, limits=limits)
+        assert ids(share.items) == [(1, 0)] and share.rows == share.items and share.tape == "graph"
 
 
 def test_a_time_budget_without_data_means_the_fixed_limits() -> None:
@@ -228,6 +234,87 @@ def test_step_time_budget_is_validated(bad: float) -> None:
         EngineConfig(step_time_budget=bad)
 
 
+# --- windows of a replay tape's forward ---
+
+
+def test_rows_of_items_laid_end_to_end_are_cut_anywhere() -> None:
+    items = (TrainItem(1, 0, 10, slot=0), TrainItem(1, 1, 5, slot=0), TrainItem(2, 0, 7, slot=1))
+    assert cut_rows(items, 0, 22) == items
+    assert cut_rows(items, 4, 12) == (TrainItem(1, 0, 6, 0, start=4), TrainItem(1, 1, 2, 0, start=0))
+    assert cut_rows(cut_rows(items, 4, 22), 8, 12) == (TrainItem(1, 1, 3, 0, start=2), TrainItem(2, 0, 1, 1, start=0))
+    assert cut_rows(items, 15, 15) == () == cut_rows((), 0, 5)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=6), st.lists(st.integers(1, 40), min_size=1))
+def test_windows_in_a_row_are_every_row_once(rows: list[int], widths: list[int]) -> None:
+    left: tuple[TrainItem, ...] = tuple(TrainItem(1, i, n, slot=0) for i, n in enumerate(rows))
+    seen: list[tuple[int, int]] = []
+    for width in itertools.cycle(widths):
+        window = cut_rows(left, 0, width)
+        seen += [(item.item_id, row) for item in window for row in range(item.start, item.start + item.num_rows)]
+        left = cut_rows(left, width, sum(item.num_rows for item in left))
+        if not left:
+            break
+    assert seen == [(i, row) for i, n in enumerate(rows) for row in range(n)]
+
+
+def test_a_replay_tapes_forward_is_spread_by_the_row_limit() -> None:
+    limits = TrainLimits(units_per_tape=30)
+    for traffic in (True, False):
+        share = training_share(
+            items_of(1, 250, 10), room(tape="replay", traffic=traffic, decode=4 * traffic), limits=limits
+        )
+        assert (ids(share.items), share.tape) == ([(1, 0)], "replay")
+        assert share.rows == (TrainItem(1, 0, 100, slot=1),) and share.backward_units == 0
+    left = cut_rows(share.items, 200, 250)
+    share = training_share(items_of(1, 10), room(tape="replay"), 30, TrainLimits(open_forward=left, open_tape_rows=100))
+    assert (share.items, share.rows, share.backward_units) == ((), left, 3)
+
+
+def test_a_replay_tapes_forward_fills_the_time_budget() -> None:
+    # 5 ms are left, 50 rows. Rows of an example that follow others cost what they attend to, too.
+    tight = room(budget=0.0101, cost=COST, tape="replay")
+    assert sum(i.num_rows for i in training_share(items_of(1, 30, 30, 30), tight).rows) == 50
+    slow = StepCostModel()
+    for _ in range(40 * MIN_SEEN):
+        slow.observe(StepFeatures(decode_rows=4, train_rows=10, kv_tokens=1000), 0.011)
+        slow.observe(StepFeatures(decode_rows=4, train_rows=10, kv_tokens=0), 0.001)
+        slow.observe(StepFeatures(decode_rows=1), 0.001)
+    far = TrainLimits(open_forward=(TrainItem(1, 0, 90, 1, start=300),), open_tape_rows=8)
+    near = TrainLimits(open_forward=(TrainItem(1, 0, 90, 1, start=30),), open_tape_rows=8)
+    counts = [
+        sum(i.num_rows for i in training_share([], room(budget=0.0111, cost=slow, tape="replay"), 3, limits).rows)
+        for limits in (far, near)
+    ]
+    assert counts[0] < 5 < 20 < counts[1]
+
+
+def test_auto_windows_what_a_step_with_traffic_cannot_hold() -> None:
+    items = items_of(1, 500)
+    share = training_share(items, room())
+    assert (share.tape, sum(i.num_rows for i in share.rows), share.backward_units) == ("replay", 100, 0)
+    share = training_share(items, room(budget=0.0101, cost=COST))
+    assert (share.tape, sum(i.num_rows for i in share.rows)) == ("replay", 50)
+    # Nobody waits for a quiet step: the graph tape, whole, is faster.
+    share = training_share(items, room(traffic=False, decode=0))
+    assert (share.tape, share.rows) == ("graph", share.items)
+    # It fits: no windows, no second forward.
+    assert training_share(items_of(1, 40), room(budget=0.0101, cost=COST)).tape == "graph"
+
+
+def test_minimum_progress_is_a_small_window() -> None:
+    for steps in (MAX_STEPS_WITHOUT_TRAINING - 1, MAX_STEPS_WITHOUT_TRAINING):
+        full = room(budget=0.004, cost=COST, steps_without=steps, tape="replay")
+        due = steps == MAX_STEPS_WITHOUT_TRAINING
+        share = training_share(items_of(1, 500), full)
+        assert sum(i.num_rows for i in share.rows) == MIN_WINDOW_ROWS * due and bool(share.items) == due
+        limits = TrainLimits(open_forward=tuple(items_of(1, 500)), open_tape_rows=50)
+        assert sum(i.num_rows for i in training_share([], full, 30, limits).rows) == MIN_WINDOW_ROWS * due
+    # More serving rows than the step has room for: the same.
+    crowded = room(decode=200, steps_without=MAX_STEPS_WITHOUT_TRAINING)
+    assert sum(i.num_rows for i in training_share(items_of(1, 500), crowded).rows) == MIN_WINDOW_ROWS
+
+
 # --- the tape ---
 
 LAYERS = TrainLimits(units_per_tape=30, graph_row_bytes=1 << 20)
@@ -236,6 +323,8 @@ LAYERS = TrainLimits(units_per_tape=30, graph_row_bytes=1 << 20)
 def test_the_tape_that_the_settings_name() -> None:
     assert tape_for(10**6, room(tape="graph", train_memory=1 << 20), LAYERS) == "graph"
     assert tape_for(1, room(tape="replay"), LAYERS) == "replay"
+    cannot = TrainLimits(units_per_tape=30, graph_row_bytes=1 << 20, can_replay=False)
+    assert tape_for(10**6, room(train_memory=1 << 20), cannot) == "graph"
 
 
 def test_auto_is_graph_while_it_fits_train_memory() -> None:

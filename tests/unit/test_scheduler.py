@@ -15,13 +15,17 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from loquetier.config import EngineConfig
 from loquetier.engine.blocks import BlockAllocator
 from loquetier.engine.cost import StepCostModel, StepFeatures
-from loquetier.engine.policy import MAX_STEPS_WITHOUT_TRAINING, TrainLimits, admission_order
-from loquetier.engine.rows import Sequence, SequenceStatus, StepPlan, TrainItem
+from loquetier.engine.policy import MAX_STEPS_WITHOUT_TRAINING, MIN_WINDOW_ROWS, TrainLimits, admission_order
+from loquetier.engine.rows import Sequence, SequenceStatus, StepPlan, TrainItem, cut_rows
 from loquetier.engine.scheduler import Scheduler
 from loquetier.errors import ContextLengthError, IntegrityError, OutOfKVMemoryError
 
 PAGE = 4
 UNITS_PER_TAPE = 6
+
+
+def rows_of(items: tuple[TrainItem, ...]) -> int:
+    return sum(item.num_rows for item in items)
 
 
 class FakeEngine:
@@ -38,6 +42,8 @@ class FakeEngine:
         self.train: list[TrainItem] = []
         self.evaluate: list[TrainItem] = []
         self.open_units = 0
+        self.forward: tuple[TrainItem, ...] = ()
+        """Rows of the open tape whose forward is to come."""
 
     def add(self, prompt: int, generate: int = 1, priority: int = 0, slot: int = -1) -> Sequence:
         seq_id = len(self.sequences)
@@ -54,7 +60,9 @@ class FakeEngine:
         return seq
 
     def plan(self) -> StepPlan:
-        limits = TrainLimits(units_per_tape=UNITS_PER_TAPE, open_tape_rows=8 * bool(self.open_units))
+        limits = TrainLimits(
+            units_per_tape=UNITS_PER_TAPE, open_tape_rows=8 * bool(self.open_units), open_forward=self.forward
+        )
         return self.scheduler.schedule(self.train, self.evaluate, self.open_units, limits)
 
     def step(self) -> StepPlan:
@@ -83,10 +91,11 @@ class FakeEngine:
                 seq.tokens.append(seq.seq_id * 1000 + len(seq.tokens))
                 if len(seq.tokens) == seq.max_total_len:
                     self.scheduler.finish(seq)
-        self.train = [item for item in self.train if item not in plan.train]
+        self.train = [item for item in self.train if item not in plan.opened]
         self.evaluate = [item for item in self.evaluate if item not in plan.evaluate]
-        if plan.train:
-            self.open_units = UNITS_PER_TAPE
+        if plan.opened:
+            self.open_units, self.forward = UNITS_PER_TAPE, plan.opened
+        self.forward = cut_rows(self.forward, rows_of(plan.train), rows_of(self.forward))
         self.open_units -= min(self.open_units, plan.backward_units)
 
     @staticmethod
@@ -111,6 +120,7 @@ class FakeEngine:
         assert serving_rows <= self.config.max_rows
         self.check_training(plan, serving_rows)
         for order in (
+            [(i.slot, i.job_id, i.item_id) for i in plan.opened],
             [(c.seq.slot, c.seq.seq_id) for c in plan.prefill],
             [(s.slot, s.seq_id) for s in plan.decode],
             [(i.slot, i.job_id, i.item_id) for i in plan.train],
@@ -124,14 +134,22 @@ class FakeEngine:
         assert serving_rows or not self.scheduler.has_work
 
     def check_training(self, plan: StepPlan, serving_rows: int) -> None:
-        assert not (plan.train and self.open_units), "one open tape"
-        assert set(plan.train) <= set(self.train) and set(plan.evaluate) <= set(self.evaluate)
+        assert not (plan.opened and self.open_units), "one open tape"
+        assert set(plan.opened) <= set(self.train) and set(plan.evaluate) <= set(self.evaluate)
+        todo = plan.opened or self.forward
+        assert plan.train == cut_rows(todo, 0, rows_of(plan.train)), "the tape's next rows and no others"
+        if plan.opened:
+            assert plan.train, "no tape is opened for nothing"
+            assert plan.train == plan.opened or plan.tape == "replay"
         for items in (plan.train, plan.evaluate):
-            assert len(items) <= 1 or sum(i.num_rows for i in items) <= self.config.max_train_rows
-        if plan.num_rows > self.config.max_rows:  # only because one lone item was due
+            assert len(items) <= 1 or rows_of(items) <= self.config.max_train_rows
+        if plan.num_rows > self.config.max_rows:  # only because one lone item, or the least window, was due
             lone = [items[0] for items in (plan.train, plan.evaluate) if len(items) == 1]
             assert any(plan.num_rows - item.num_rows <= self.config.max_rows for item in lone)
-        available = self.open_units or (UNITS_PER_TAPE if plan.train else 0)
+        if plan.train != todo and rows_of(plan.train) > self.config.max_train_rows:
+            assert rows_of(plan.train) == MIN_WINDOW_ROWS
+        complete = plan.train == todo
+        available = (self.open_units or UNITS_PER_TAPE * bool(plan.opened)) if complete else 0
         assert 0 <= plan.backward_units <= available
         if not self.scheduler.has_work:
             assert plan.backward_units == available
@@ -535,7 +553,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         # With no traffic each step opens a tape or evaluates: all items get done.
         for _ in range(2 * self.items + 20):
             self.engine.step()
-        assert not self.engine.train and not self.engine.evaluate and not self.engine.open_units
+        assert not self.engine.train and not self.engine.evaluate
+        assert not self.engine.open_units and not self.engine.forward
 
 
 SchedulerMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)

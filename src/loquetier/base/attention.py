@@ -69,7 +69,16 @@ def _train_rows(q: Tensor, k: Tensor, v: Tensor, scale: float, rule: MaskRule, s
         return []
     if num_train < step.num_rows and q.requires_grad:  # SDPA keeps its inputs: a view would keep the inference rows too
         q, k, v = (t[:, :num_train].clone() for t in (q, k, v))
-    return [span_attention(q[:, a:b], k[:, a:b], v[:, a:b], scale, rule) for a, b in step.spans if b <= num_train]
+    parts = []
+    for a, b in (span for span in step.spans if span[1] <= num_train):
+        seen = step.cuts.seen_kv(a, b) if step.cuts is not None else None
+        k_KPD, v_KPD = (k[:, a:b], v[:, a:b]) if seen is None else seen
+        if seen is not None and rule.window is not None:
+            # What the first query's window hides is hidden from all of these rows.
+            first = max(0, k_KPD.shape[1] - (b - a) - rule.window + 1)
+            k_KPD, v_KPD = k_KPD[:, first:], v_KPD[:, first:]
+        parts.append(span_attention(q[:, a:b], k_KPD, v_KPD, scale, rule))
+    return parts
 
 
 def _eval_rows(q: Tensor, k: Tensor, v: Tensor, scale: float, rule: MaskRule, step: StepContext) -> list[Tensor]:

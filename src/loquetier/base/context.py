@@ -71,6 +71,13 @@ class LayerCuts(Protocol):
         """K and V of all rows, as the attention of the layer that is running got them."""
         ...
 
+    def seen_kv(self, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
+        """K and V ``[K, P, D]`` that the TRAIN rows ``[start, stop)`` of one example attend to in the running layer.
+
+        P is their position in the example: rows of earlier steps come first. None when there are no earlier ones.
+        """
+        ...
+
     def leave(self, layer: int, hidden_1MD: Tensor) -> Tensor:
         """This layer's output; returns what the model shall go on with (same values)."""
         ...

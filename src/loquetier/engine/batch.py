@@ -242,13 +242,16 @@ def _add_items(
     at = 0
     for item in items:
         example, weight = example_of(item)
-        start = draft.add(example.tokens[:-1], np.arange(example.num_rows), item.slot)
+        stop = item.start + item.num_rows
+        assert stop <= example.num_rows
+        start = draft.add(example.tokens[item.start : stop], np.arange(item.start, stop), item.slot)
         spans.append((start, draft.num_rows))
-        rows.append(example.label_rows + start)
-        targets.append(example.label_targets)
-        weights.append(np.full(example.num_labels, weight, dtype=np.float32))
-        item_rows.append(ItemRows(item, at, at + example.num_labels))
-        at += example.num_labels
+        first, last = (int(i) for i in np.searchsorted(example.label_rows, [item.start, stop]))
+        rows.append(example.label_rows[first:last] + (start - item.start))
+        targets.append(example.label_targets[first:last])
+        weights.append(np.full(last - first, weight, dtype=np.float32))
+        item_rows.append(ItemRows(item, at, at + last - first))
+        at += last - first
     empty = np.zeros(0, dtype=np.float32)
     labelled = LabelledRows(_joined(rows), _joined(targets), np.concatenate(weights) if weights else empty)
     return spans, Labels(labelled, tuple(item_rows))

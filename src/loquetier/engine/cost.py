@@ -46,7 +46,8 @@ class StepFeatures:
     backward_rows: int = 0
     """Units run, each times the rows of its tape."""
     kv_tokens: int = 0
-    """Cached tokens that PREFILL and DECODE rows attend to, summed over the rows."""
+    """Tokens of earlier steps that PREFILL, DECODE and windowed TRAIN rows attend to, and of this one for PREFILL,
+    summed over the rows."""
 
 
 def plan_features(plan: StepPlan, backward_rows: int) -> StepFeatures:
@@ -62,7 +63,7 @@ def plan_features(plan: StepPlan, backward_rows: int) -> StepFeatures:
         decode_rows=len(plan.decode),
         train_rows=sum(i.num_rows for i in plan.train),
         backward_rows=backward_rows,
-        kv_tokens=chunks + sum(s.num_computed + 1 for s in plan.decode),
+        kv_tokens=chunks + sum(s.num_computed + 1 for s in plan.decode) + sum(i.num_rows * i.start for i in plan.train),
     )
 
 

@@ -35,6 +35,7 @@ from loquetier.errors import (
     OutOfKVMemoryError,
 )
 from loquetier.failpoints import fail_points
+from loquetier.training.replay_probe import replay_refusal
 
 log = logging.getLogger("loquetier.engine")
 
@@ -78,11 +79,18 @@ class Engine:
     Args:
         base: the base after surgery.
         config: resolved settings (no "auto", no None budgets).
+
+    Raises:
+        OutOfKVMemoryError: less than one page. UnsupportedModelError: tape="replay" on a base that it cannot run.
     """
 
     def __init__(self, base: Base, config: EngineConfig) -> None:
         assert config.kv_memory is not None and config.adapter_memory is not None, "resolve() the config first"
         self.base, self.config = base, config
+        self.replay_refusal = replay_refusal(base)
+        """Why the replay tape cannot run this base; None when it can."""
+        if self.replay_refusal is not None and config.tape == "replay":
+            raise self.replay_refusal
         self.max_context = min(base.loaded.max_context, config.max_context or base.loaded.max_context)
         page_bytes = base.page_bytes(config.page_size)
         num_pages = min(config.kv_memory // page_bytes, _most_useful_pages(config, self.max_context))
@@ -135,6 +143,8 @@ class Engine:
             units_per_tape=self.base.num_layers,
             open_tape_rows=trainer.tape.unit_rows if trainer.tape else 0,
             graph_row_bytes=self.base.graph_row_bytes,
+            open_forward=trainer.forward_left,
+            can_replay=self.replay_refusal is None,
         )
         return self.scheduler.schedule(trainer.train_items(), trainer.eval_items(), trainer.open_units, limits)
 

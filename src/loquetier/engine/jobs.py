@@ -358,6 +358,7 @@ class Jobs:
 
     def _release(self) -> None:
         """Give back the slots of ended jobs that no open tape and no evaluation still reads."""
+        self.trainer.drop_dead_tape()
         in_tape = {item.job_id for item in self.trainer.tape.items} if self.trainer.tape else set()
         for job in [j for j in self.trainer.jobs.values() if j.status.is_final]:
             if job.job_id in in_tape or job.evaluation is not None:

@@ -9,13 +9,15 @@ from dataclasses import dataclass, replace
 
 from loquetier.config import EngineConfig
 from loquetier.engine.cost import StepCostModel, StepFeatures
-from loquetier.engine.rows import REPLAY_COST, Sequence, TapeKind, TrainItem
+from loquetier.engine.rows import REPLAY_COST, Sequence, TapeKind, TrainItem, cut_rows
 
 ALL_UNITS = 1 << 30
 """More units than any tape has."""
 MAX_STEPS_WITHOUT_TRAINING = 8
 """Minimum progress: work that waits is given one unit (or one item) at least every ninth step, whatever the
 step time budget says. Serving that uses up the whole budget would otherwise stop training for ever."""
+MIN_WINDOW_ROWS = 64
+"""Rows of a forward's window that runs as minimum progress: all layers on 64 rows are about the work of one unit."""
 MAX_RESERVED_PAGES = 8
 
 
@@ -31,6 +33,10 @@ class TrainLimits:
     fixed limit)."""
     graph_row_bytes: int = 0
     """Bytes that a graph tape keeps per TRAIN row; 0 = unknown, memory does not decide."""
+    open_forward: tuple[TrainItem, ...] = ()
+    """Rows of the open replay tape whose forward is still to come, in row order. Its units wait for them."""
+    can_replay: bool = True
+    """False for a base that the replay tape cannot run: everything goes on graph tapes, in one step's forward."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +44,9 @@ class TrainShare:
     """What training gets of a step."""
 
     items: tuple[TrainItem, ...] = ()
-    """In the order of their turns."""
+    """Whole items that a tape is opened for, in the order of their turns."""
+    rows: tuple[TrainItem, ...] = ()
+    """The step's TRAIN rows in row order: all of `items`, their first rows, or the next rows of the open tape."""
     backward_units: int = 0
     tape: TapeKind = "graph"
     """The tape that `items` open."""
@@ -54,6 +62,11 @@ def admission_order(seq: Sequence) -> tuple[int, int]:
 def preemption_victim(running: Iterable[Sequence]) -> Sequence:
     """The sequence that gives up its pages: the last one in admission order. `running` is not empty."""
     return max(running, key=admission_order)
+
+
+def row_order(items: Iterable[TrainItem]) -> tuple[TrainItem, ...]:
+    """Items as their rows lie in a step or on a tape: by slot, so that an adapter's rows are contiguous."""
+    return tuple(sorted(items, key=lambda item: (item.slot, item.job_id, item.item_id)))
 
 
 def reserved_pages(num_running: int) -> int:
@@ -121,6 +134,18 @@ class StepRoom:
         return self.config.step_time_budget if self.has_traffic else None
 
     @property
+    def serving_rows(self) -> int:
+        """Rows of requests in the step."""
+        return self.load.prefill_rows + self.load.decode_rows
+
+    def with_train(self, rows: Iterable[TrainItem]) -> StepFeatures:
+        """The load and these TRAIN rows."""
+        rows = tuple(rows)
+        seen = sum(item.num_rows * item.start for item in rows)
+        count = sum(item.num_rows for item in rows)
+        return replace(self.load, train_rows=count, kv_tokens=self.load.kv_tokens + seen)
+
+    @property
     def is_overdue(self) -> bool:
         """True when the minimum progress is due."""
         return self.steps_without >= MAX_STEPS_WITHOUT_TRAINING
@@ -147,42 +172,83 @@ class StepRoom:
 def training_share(
     items: SequenceOf[TrainItem], room: StepRoom, open_units: int = 0, limits: TrainLimits | None = None
 ) -> TrainShare:
-    """Which TRAIN items start and how many backward units run, given what serving already has of the step.
+    """Which TRAIN rows run and how many backward units, given what serving already has of the step.
 
     - The tape is chosen with the items: `tape_for`.
-    - An open tape is finished before another is opened: items only when ``open_units == 0``.
+    - An open tape is finished before another is opened: items only when nothing of it is left.
     - No request running or waiting: up to `max_train_rows` rows, and every unit.
     - Traffic, no step time budget (or a cost model without data): up to `max_train_rows` rows and
       `backward_units_while_serving` units.
     - Traffic and a step time budget: what the cost model says still fits, forward before backward.
-    - Minimum progress: after `MAX_STEPS_WITHOUT_TRAINING` steps with nothing, one item or one unit regardless.
-    - The item whose turn it is, when it is too long for what is left, runs as the only one: at once when no
-      serving row is in the step, or when only `max_train_rows` is in its way; else as minimum progress. So an item
-      longer than `max_rows` does run, and the step exceeds `max_rows` by at most that item.
+    - Minimum progress: after `MAX_STEPS_WITHOUT_TRAINING` steps with nothing, one item (of a replay tape
+      `MIN_WINDOW_ROWS` rows) or one unit regardless.
+    - The replay tape's forward is spread over steps, by windows of rows within those limits; its units come after the
+      last. With tape="auto" an item too long for a step with traffic goes on it.
+    - On the graph tape the item whose turn it is, when it is too long for what is left, runs as the only one: at once
+      when no serving row is in the step, or when only `max_train_rows` is in its way; else as minimum progress. So an
+      item longer than `max_rows` does run, and the step exceeds `max_rows` by at most that item.
 
     Args:
         items: TRAIN items that wait.
         room: what of the step is free; its load is the serving rows.
-        open_units: units left of the open tape; 0 = none is open.
+        open_units: units left of the open tape; 0 = none is open, or it has none.
         limits: what the engine knows of its tapes.
     """
     limits = limits or TrainLimits()
-    chosen = () if open_units else _items_to_open(items, room)
-    units = open_units or (limits.units_per_tape if chosen else 0)
-    rows = sum(item.num_rows for item in chosen)
-    tape = tape_for(rows, room, limits)
-    tape_rows = unit_rows(tape, rows, room.config.train_window) if chosen else limits.open_tape_rows
-    if chosen and tape == "replay":
-        units *= -(-rows // room.config.train_window)
+    if open_units or limits.open_forward:
+        todo, units = limits.open_forward, open_units
+        share = TrainShare(rows=forward_window(todo, room), tape="replay", unit_rows=limits.open_tape_rows)
+    else:
+        share = _opened(items, room, limits)
+        todo, units = row_order(share.items), _units_of(share, room, limits)
+    if share.rows != todo:
+        return share  # units begin when the forward is complete
+    return replace(share, backward_units=_units_that_run(share, units, room))
+
+
+def forward_window(left: tuple[TrainItem, ...], room: StepRoom) -> tuple[TrainItem, ...]:
+    """The next rows of a replay tape's forward that this step takes, of those that are `left`; may be none.
+
+    As many as `max_train_rows`, `max_rows` and, under traffic, the step time budget leave. When that is none:
+    `MIN_WINDOW_ROWS` in a step without serving rows, or when the minimum progress is due.
+    """
+    total = sum(item.num_rows for item in left)
+    most = max(0, min(total, room.row_budget))
+    fit = room.largest_that_fits(lambda n: room.with_train(cut_rows(left, 0, n)), most)
+    rows = most if fit is None else fit
+    if rows == 0 and (room.is_overdue or room.serving_rows == 0):
+        rows = MIN_WINDOW_ROWS
+    return cut_rows(left, 0, rows)
+
+
+def _opened(items: SequenceOf[TrainItem], room: StepRoom, limits: TrainLimits) -> TrainShare:
+    """A new tape, without its units."""
+    taken, tape = _items_to_open(items, room, limits)
+    todo = row_order(taken)
+    rows = forward_window(todo, room) if tape == "replay" else todo
+    if not rows:
+        return TrainShare()
+    count = sum(item.num_rows for item in todo)
+    if rows == todo:
+        tape = tape_for(count, room, limits)  # no window was needed after all
+    return TrainShare(taken, rows, 0, tape, unit_rows(tape, count, room.config.train_window))
+
+
+def _units_of(share: TrainShare, room: StepRoom, limits: TrainLimits) -> int:
+    rows = sum(item.num_rows for item in share.items)
+    windows = -(-rows // room.config.train_window) if share.tape == "replay" else 1
+    return limits.units_per_tape * windows if share.items else 0
+
+
+def _units_that_run(share: TrainShare, units: int, room: StepRoom) -> int:
     if not room.has_traffic or units == 0:
-        return TrainShare(chosen, units, tape, tape_rows)
-    load = replace(room.load, train_rows=rows)
-    allowed = room.largest_that_fits(lambda n: replace(load, backward_rows=n * tape_rows), units) if tape_rows else None
+        return units
+    load, allowed = room.with_train(share.rows), None
+    if share.unit_rows:
+        allowed = room.largest_that_fits(lambda n: replace(load, backward_rows=n * share.unit_rows), units)
     if allowed is None:
-        allowed = min(units, room.config.backward_units_while_serving)
-    if allowed == 0 and not chosen and room.is_overdue:
-        allowed = 1
-    return TrainShare(chosen, allowed, tape, tape_rows)
+        return min(units, room.config.backward_units_while_serving)
+    return 1 if allowed == 0 and not share.rows and room.is_overdue else allowed
 
 
 def tape_for(rows: int, room: StepRoom, limits: TrainLimits) -> TapeKind:
@@ -194,6 +260,8 @@ def tape_for(rows: int, room: StepRoom, limits: TrainLimits) -> TapeKind:
     config = room.config
     if config.tape != "auto":
         return config.tape
+    if not limits.can_replay:
+        return "graph"
     if config.train_memory is not None and rows * limits.graph_row_bytes > config.train_memory:
         return "replay"
     if room.budget is None or rows <= config.train_window:
@@ -207,17 +275,25 @@ def unit_rows(tape: TapeKind, rows: int, window: int) -> int:
     return rows if tape == "graph" else REPLAY_COST * min(window, rows)
 
 
-def _items_to_open(items: SequenceOf[TrainItem], room: StepRoom) -> tuple[TrainItem, ...]:
+def _items_to_open(
+    items: SequenceOf[TrainItem], room: StepRoom, limits: TrainLimits
+) -> tuple[tuple[TrainItem, ...], TapeKind]:
+    """Items for a new tape, which is to be cut into windows if it is a replay tape."""
     if not items:
-        return ()
+        return (), "graph"
+    config = room.config
     fit = room.largest_that_fits(lambda n: replace(room.load, train_rows=n), room.row_budget)
-    taken = interleave_jobs(items, room.row_budget if fit is None else fit, room.after_job)
+    most = room.row_budget if fit is None or config.tape == "replay" else fit
+    taken = interleave_jobs(items, most, room.after_job)
     if taken:
-        return taken
+        return taken, tape_for(sum(item.num_rows for item in taken), room, limits)
     first = _first_turn(items, room.after_job)
+    if room.has_traffic and limits.can_replay and config.tape != "graph":
+        return (first,), "replay"
     only_its_limit = fit is None and first.num_rows <= room.rows_left
-    serving_rows = room.load.prefill_rows + room.load.decode_rows
-    return (first,) if room.is_overdue or only_its_limit or serving_rows == 0 else ()
+    if room.is_overdue or only_its_limit or room.serving_rows == 0:
+        return (first,), tape_for(first.num_rows, room, limits)
+    return (), "graph"
 
 
 def evaluation_share(items: SequenceOf[TrainItem], room: StepRoom) -> tuple[TrainItem, ...]:

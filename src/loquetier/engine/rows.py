@@ -8,7 +8,8 @@ adapter's rows are contiguous per kind and the rows that need gradients are exac
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 BASE_SLOT = -1
@@ -81,7 +82,7 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class TrainItem:
-    """One example (or evaluation example) that a job wants computed. Tokens stay with the job."""
+    """One example (or evaluation example) of a job, or a window of its rows. The tokens stay with the job."""
 
     job_id: int
     item_id: int
@@ -90,6 +91,19 @@ class TrainItem:
     """Rows it takes: one per input token."""
     slot: int
     """The job's training slot."""
+    start: int = 0
+    """First row inside the example; above 0, or with fewer rows than the example has, it is a window."""
+
+
+def cut_rows(items: Iterable[TrainItem], start: int, stop: int) -> tuple[TrainItem, ...]:
+    """Rows ``[start, stop)`` of items laid end to end, as windows of the items that they belong to."""
+    windows, at = [], 0
+    for item in items:
+        first, last = max(start, at), min(stop, at + item.num_rows)
+        if first < last:
+            windows.append(replace(item, start=item.start + first - at, num_rows=last - first))
+        at += item.num_rows
+    return tuple(windows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +120,10 @@ class StepPlan:
     """What the scheduler decided for one step. The engine executes it as it stands."""
 
     train: tuple[TrainItem, ...] = ()
+    """The TRAIN rows of this step: whole items, or windows of them, in the order of the open tape's rows."""
+    opened: tuple[TrainItem, ...] = ()
+    """The items, whole, for which this step opens a tape; `train` is its first rows. Empty when `train` goes on with
+    the tape that is open."""
     evaluate: tuple[TrainItem, ...] = ()
     prefill: tuple[PrefillChunk, ...] = ()
     decode: tuple[Sequence, ...] = ()
@@ -113,7 +131,7 @@ class StepPlan:
     """How many units of the open tape may run in this step, at most (the tape opened by this step's own
     TRAIN rows included)."""
     tape: TapeKind = "graph"
-    """The tape that this step's TRAIN rows open, if there are any."""
+    """The tape that `opened` is for."""
     preempted: tuple[Sequence, ...] = ()
     """Sequences that lost their pages while planning; already back in the waiting queue."""
 

@@ -29,6 +29,7 @@ from loquetier.engine.policy import (
     evaluation_share,
     preemption_victim,
     reserved_pages,
+    row_order,
     training_share,
 )
 from loquetier.engine.rows import PrefillChunk, Sequence, SequenceStatus, StepPlan, TrainItem
@@ -98,14 +99,10 @@ class _Turn:
     steps_without: int = 0
     last_job: int | None = None
 
-    def record(self, wanted: bool, got_units: bool, items: tuple[TrainItem, ...]) -> None:
+    def record(self, wanted: bool, got_some: bool, items: tuple[TrainItem, ...]) -> None:
         if items:
             self.last_job = items[-1].job_id
-        self.steps_without = self.steps_without + 1 if wanted and not (items or got_units) else 0
-
-
-def _ordered(items: tuple[TrainItem, ...]) -> tuple[TrainItem, ...]:
-    return tuple(sorted(items, key=lambda item: (item.slot, item.job_id, item.item_id)))
+        self.steps_without = self.steps_without + 1 if wanted and not (items or got_some) else 0
 
 
 class Scheduler:
@@ -220,7 +217,7 @@ class Scheduler:
         Args:
             train: TRAIN items that wait. They start only when no tape is open.
             evaluate: EVAL items that wait.
-            open_units: backward units left of the open tape; 0 = no tape is open.
+            open_units: backward units left of the open tape; with 0 and no `limits.open_forward` none is open.
             limits: what the engine knows of its tapes.
 
         Returns:
@@ -333,11 +330,18 @@ class Scheduler:
             preempted=tuple(draft.preempted),
         )
         share = training_share(train, self._room(plan, 0, self._train_turn), open_units, limits)
-        self._train_turn.record(bool(train or open_units), bool(share.backward_units), share.items)
-        plan = replace(plan, train=_ordered(share.items), backward_units=share.backward_units, tape=share.tape)
+        wanted = bool(train or open_units or limits.open_forward)
+        self._train_turn.record(wanted, bool(share.backward_units or share.rows), share.items)
+        plan = replace(
+            plan,
+            train=share.rows,
+            opened=row_order(share.items),
+            backward_units=share.backward_units,
+            tape=share.tape,
+        )
         items = evaluation_share(evaluate, self._room(plan, share.backward_units * share.unit_rows, self._eval_turn))
         self._eval_turn.record(bool(evaluate), False, items)
-        return replace(plan, evaluate=_ordered(items))
+        return replace(plan, evaluate=row_order(items))
 
     # --- pages ---
 

@@ -48,6 +48,16 @@ class Trainer:
         """Backward units left of the open tape."""
         return self.tape.units_left if self.tape else 0
 
+    @property
+    def forward_left(self) -> tuple[TrainItem, ...]:
+        """Rows of the open tape whose forward is still to come."""
+        return self.tape.forward_left if self.tape else ()
+
+    def drop_dead_tape(self) -> None:
+        """Forget the open tape when every job with rows on it has ended: nobody wants its gradients."""
+        if self.tape and all(self.jobs[item.job_id].status.is_final for item in self.tape.items):
+            self.tape = None
+
     def train_items(self) -> list[TrainItem]:
         """What the jobs want trained next."""
         return [item for job in self.jobs.values() for item in job.ready_items()]
@@ -64,7 +74,8 @@ class Trainer:
         return job.example(item.item_id), job.row_weight
 
     def open_tape(self, plan: StepPlan, window: int) -> GraphTape | ReplayTape | None:
-        """A tape for the plan's TRAIN rows, or None when it has none. Marks its items as taken.
+        """The tape for the plan's TRAIN rows: a new one for what it opens, whose items are marked as taken, or the one
+        that is open. None when the plan has no TRAIN rows.
 
         `window`: most rows of a replay tape's unit.
         """
@@ -72,26 +83,33 @@ class Trainer:
             task.take(sum(item.job_id == task.task_id for item in plan.evaluate))
         if not plan.train:
             return None
+        if not plan.opened:
+            assert self.tape is not None and self.tape.forward_left, "windows go on with an open tape"
+            return self.tape
         assert self.tape is None, "the scheduler opens one tape at a time"
         for job in self.jobs.values():
-            job.take({item.item_id for item in plan.train if item.job_id == job.job_id})
-        slots = {item.slot for item in plan.train}
+            job.take({item.item_id for item in plan.opened if item.job_id == job.job_id})
+        slots = {item.slot for item in plan.opened}
         layers = [m.target.layer for s in slots for m in self.arena.modules(s)]
         first = min((layer for layer in layers if layer is not None), default=self.base.num_layers)
-        num_train, base = sum(item.num_rows for item in plan.train), self.base
         if plan.tape == "replay":
-            self.tape = ReplayTape(plan.train, num_train, base.run_layer, base.num_layers, window, first)
+            base = self.base
+            self.tape = ReplayTape(plan.opened, base.run_layer, base.num_layers, window, first)
         else:
-            self.tape = GraphTape(plan.train, num_train, first)
+            self.tape = GraphTape(plan.opened, sum(item.num_rows for item in plan.opened), first)
         return self.tape
 
     def dropout(self, plan: StepPlan) -> DropoutPlan | None:
-        """Dropout of the plan's TRAIN rows, or None when none of their jobs drops anything."""
+        """Dropout of the plan's TRAIN rows, or None when none of the jobs on their tape drops anything."""
+        if not plan.train:
+            return None
+        assert self.tape is not None
         dropping = {i: job for i, job in self.jobs.items() if job.spec.dropout > 0}
-        if not any(item.job_id in dropping for item in plan.train):
+        # By the whole tape: all its windows have keys, or none.
+        if not any(item.job_id in dropping for item in self.tape.items):
             return None
         keys = [
-            row_keys(job.config.seed, job.num_draws, item.item_id, item.num_rows)
+            row_keys(job.config.seed, job.num_draws, item.item_id, item.num_rows, item.start)
             if (job := dropping.get(item.job_id)) is not None
             else np.zeros(item.num_rows, dtype=np.int64)
             for item in plan.train
@@ -103,7 +121,7 @@ class Trainer:
         return {job.slot: job.optimizer.grad_views for job in self.jobs.values()}
 
     def losses(self, batch: Batch, hidden_MD: Tensor) -> None:
-        """Losses of TRAIN and EVAL rows; starts the tape's backward with their gradient."""
+        """Losses of TRAIN and EVAL rows; gives the tape their gradient."""
         num_train = batch.step.num_train
         if num_train:
             assert self.tape is not None
@@ -135,7 +153,7 @@ class Trainer:
 
         Closes the tape at the last.
         """
-        if self.tape is None:
+        if self.tape is None or self.tape.forward_left:
             return 0
         ran = min(units, self.tape.units_left)
         for _ in range(ran):

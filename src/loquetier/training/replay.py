@@ -1,6 +1,7 @@
 """The replay tape: a training forward of which only layer inputs, K and V are kept; backward runs layers again.
 
-The forward records no graph. One unit = one layer on one window of rows, from the last rows to the first:
+The forward records no graph and may be spread over steps, a window of rows each: a window's rows see the K and V of
+their example's earlier windows. Then one unit = one layer on one window of rows, from the last rows to the first:
 
     run the layer again on the window, with the K and V of the example's earlier rows as leaves;
     add to its own K's and V's gradients what later windows gave them; go backward;
@@ -8,8 +9,8 @@ The forward records no graph. One unit = one layer on one window of rows, from t
 
 So memory is bounded by the layer inputs, one layer's K and V gradients and the graph of one layer over one window,
 whatever the length, and a unit is as short as its window. The arithmetic is that of the graph tape on fewer rows at
-a time: gradients differ by rounding only. Windows are cut over all train rows, across examples and jobs. (The idea is
-SeCO's, arXiv 2505.16710, with layers in the outer loop.)
+a time: gradients differ by rounding only. Windows are cut over all train rows, across examples and jobs; the forward's
+windows and the units' need not be the same. (The idea is SeCO's, arXiv 2505.16710, with layers in the outer loop.)
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from loquetier.base.context import LayerCall, ReplaySpan, StepContext
-from loquetier.engine.rows import REPLAY_COST, TrainItem
+from loquetier.engine.rows import REPLAY_COST, TrainItem, cut_rows
 from loquetier.errors import UnsupportedModelError
 from loquetier.kernels.reference import Segment
-from loquetier.training.layer_call import KeptCall, RowTensors, own
+from loquetier.training.layer_call import KeptCall, RowTensors, put_rows
+from loquetier.training.tape_rows import TapeRows
 
 RunLayer = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any], StepContext], Tensor]
 """`Base.run_layer`."""
@@ -41,7 +43,6 @@ class _Layer:
     number: int
     input_1TD: Tensor
     call: KeptCall
-    kv_KTD: KV | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +55,13 @@ class _Piece:
 
 
 class ReplayTape:
-    """Bounded memory and short units, for a second forward. Use as `GraphTape`.
+    """Bounded memory and short units, for a second forward.
+
+    Use: per step of the forward (as long as there are `forward_left` rows) pass it as `StepContext.cuts`, `close` it
+    with the final hidden states and `start` it with their gradient; then `run_unit` until `units_left` is 0.
 
     Args:
-        items: what is being trained.
-        num_train: TRAIN rows, T.
+        items: what is being trained; their rows, one after the other, are the tape's T rows.
         run_layer: runs one layer of the base alone.
         num_layers: of the base.
         window: most rows of a unit.
@@ -66,36 +69,42 @@ class ReplayTape:
     """
 
     def __init__(
-        self,
-        items: tuple[TrainItem, ...],
-        num_train: int,
-        run_layer: RunLayer,
-        num_layers: int,
-        window: int,
-        first_layer: int = 0,
+        self, items: tuple[TrainItem, ...], run_layer: RunLayer, num_layers: int, window: int, first_layer: int = 0
     ) -> None:
-        self.items, self.num_train = items, num_train
+        self.items = items
+        self._rows = TapeRows(items)
+        self.num_train = self._rows.total
         self._run_layer, self._num_layers, self._window, self._first_layer = run_layer, num_layers, window, first_layer
         self._layers: list[_Layer] = []
-        self._rows = RowTensors(num_train)
+        self._kv: dict[int, KV] = {}
+        """By layer, ``[K, T, D]`` each. While the forward is not complete those of the layers below, too."""
+        self._arguments = RowTensors(self.num_train)
+        self._running = 0
+        """The layer whose forward runs."""
         self._step = StepContext(num_rows=0)
-        """The forward's step without its inference rows; a window's step is cut from it."""
+        """A step of all T rows and no others, once the forward is complete; a unit's step is cut from it."""
         self._last_output: Tensor | None = None
         self._final_leaf: Tensor | None = None
         self._final_edge: GradientEdge | None = None
         self._grad_1TD: Tensor | None = None
         """Gradient of the output of the layer whose units run; rows whose unit is done hold that of its input."""
-        self._at = num_train
+        self._at = self.num_train
         """Rows from here on are done in the topmost layer left."""
         self._past_grads: dict[int, KV] = {}
         """Per example (by its first row): gradients of the K and V of its rows that are not done, in that layer."""
 
     @property
+    def forward_left(self) -> tuple[TrainItem, ...]:
+        """Rows whose forward is still to come, in row order."""
+        return cut_rows(self.items, self._rows.done, self.num_train)
+
+    @property
     def units_left(self) -> int:
-        """Units until every gradient of this tape is complete."""
-        if not self._layers:
+        """Units until every gradient of this tape is complete; none can run before the forward is."""
+        layers = len(self._layers) if self._rows.done else self._num_layers - self._first_layer
+        if not layers:
             return 0
-        return (len(self._layers) - 1) * -(-self.num_train // self._window) + -(-self._at // self._window)
+        return (layers - 1) * -(-self.num_train // self._window) + -(-self._at // self._window)
 
     @property
     def unit_rows(self) -> int:
@@ -105,6 +114,9 @@ class ReplayTape:
     def cut(self, layer: int, hidden_1MD: Tensor, call: LayerCall) -> Tensor:
         """Called by the base with each layer's input: keeps its train rows. No graph begins here."""
         hidden_1MD = hidden_1MD.detach()
+        if layer == 0:
+            self._rows.begin(call.step)
+        self._running = layer
         if layer < self._first_layer:
             return hidden_1MD
         if self._last_output is not None and self._last_output.data_ptr() != hidden_1MD.data_ptr():
@@ -112,51 +124,75 @@ class ReplayTape:
                 f"the model changes the hidden states between layers {layer - 1} and {layer}; "
                 "the replay tape runs layers alone: train this base with tape='graph'"
             )
-        if not self._layers:
-            self._step = _without_inference(call.step)
-        self._layers.append(_Layer(layer, own(hidden_1MD[:, : self.num_train]), self._rows.keep(call)))
+        rows_1nD = hidden_1MD[:, : self._rows.count]
+        if self._rows.done == 0:
+            kept_1TD = put_rows(None, rows_1nD, 0, self.num_train)
+            self._layers.append(_Layer(layer, kept_1TD, self._arguments.keep(call)))
+        else:
+            kept = self._layers[layer - self._first_layer]
+            put_rows(kept.input_1TD, rows_1nD, self._rows.done, self.num_train)
+            self._arguments.add(kept.call, call)
         return hidden_1MD
 
     def keep_kv(self, k_KMD: Tensor, v_KMD: Tensor) -> None:
         """Called by the attention of the layer that is running: keeps the train rows' K and V."""
-        if not self._layers:
-            return
-        assert self._layers[-1].kv_KTD is None, "one attention per layer"
-        self._layers[-1].kv_KTD = (own(k_KMD[:, : self.num_train]), own(v_KMD[:, : self.num_train]))
+        done, count, total = self._rows.done, self._rows.count, self.num_train
+        if self._running < self._first_layer and count == total:
+            return  # neither a unit nor another window will read it
+        k_KTD, v_KTD = self._kv.get(self._running, (None, None))
+        assert (k_KTD is None) == (done == 0), "one attention per layer"
+        self._kv[self._running] = (
+            put_rows(k_KTD, k_KMD[:, :count], done, total),
+            put_rows(v_KTD, v_KMD[:, :count], done, total),
+        )
+
+    def seen_kv(self, start: int, stop: int) -> KV | None:
+        """Called by the attention after `keep_kv`: see `LayerCuts`."""
+        first = self._rows.first_of(start)
+        if first == self._rows.done + start:
+            return None
+        k_KTD, v_KTD = self._kv[self._running]
+        return k_KTD[:, first : self._rows.done + stop], v_KTD[:, first : self._rows.done + stop]
 
     def leave(self, layer: int, hidden_1MD: Tensor) -> Tensor:
         """Called by the base with each layer's output. What follows the last layer (a norm) is recorded as a graph."""
-        if not self._layers:
+        if layer < self._first_layer:
             return hidden_1MD
         self._last_output = hidden_1MD
         if layer + 1 < self._num_layers:
             return hidden_1MD
-        leaf = own(hidden_1MD[:, : self.num_train]).requires_grad_()
+        count = self._rows.count
+        leaf = put_rows(None, hidden_1MD[:, :count], 0, count).requires_grad_()
         self._final_leaf = leaf
-        others = hidden_1MD[:, self.num_train :]
+        others = hidden_1MD[:, count:]
         return torch.cat([leaf, others], dim=1) if others.shape[1] else leaf
 
     def close(self, hidden_MD: Tensor) -> Tensor:
-        """End the forward; returns the train rows' final hidden states ``[T, D]``, detached, for the loss."""
-        if self._layers:
-            self._final_edge = get_gradient_edge(hidden_MD[: self.num_train])
+        """End a step's forward; returns its train rows' final hidden states ``[n, D]``, detached, for the loss."""
+        count = self._rows.count
+        if self._final_leaf is not None:
+            self._final_edge = get_gradient_edge(hidden_MD[:count])
         self._last_output = None
-        self._rows.end_forward()
-        return hidden_MD.detach()[: self.num_train]
+        self._arguments.end_window(count)
+        return hidden_MD.detach()[:count]
 
-    def start(self, grad_TD: Tensor) -> None:
-        """Give the loss's gradient with respect to what `close` returned; units may run from now on."""
-        if self._final_leaf is None:
-            return
-        assert self._final_edge is not None
-        (grad_1TD,) = torch.autograd.grad([self._final_edge], [self._final_leaf], [grad_TD])
-        # Units write into it.
-        self._grad_1TD = grad_1TD.clone()
-        self._final_leaf = self._final_edge = None
+    def start(self, grad_nD: Tensor) -> None:
+        """Give the loss's gradient with respect to what `close` returned; after the last rows' units may run."""
+        if self._final_leaf is not None:
+            assert self._final_edge is not None
+            (grad_1nD,) = torch.autograd.grad([self._final_edge], [self._final_leaf], [grad_nD])
+            if self._grad_1TD is None:  # units write into it: it must be nobody else's
+                self._grad_1TD = grad_1nD.new_empty((1, self.num_train, grad_1nD.shape[2]))
+            self._grad_1TD[:, self._rows.done : self._rows.done + self._rows.count] = grad_1nD
+            self._final_leaf = self._final_edge = None
+        self._rows.end()
+        if self._rows.done == self.num_train:
+            self._step = self._rows.whole_step()
+            self._kv = {layer: kv for layer, kv in self._kv.items() if layer >= self._first_layer}
 
     def run_unit(self) -> None:
         """Backward through the topmost layer left on its next window; adds its adapters' gradients to their buffers."""
-        assert self._grad_1TD is not None, "start() before run_unit()"
+        assert self._grad_1TD is not None and not self.forward_left, "the forward comes first"
         layer = self._layers[-1]
         stop = self._at
         start = (stop - 1) // self._window * self._window
@@ -173,6 +209,7 @@ class ReplayTape:
         self._at = start
         if start == 0:
             self._layers.pop()
+            del self._kv[layer.number]
             self._at = self.num_train
 
     def _pieces(self, start: int, stop: int) -> list[_Piece]:
@@ -184,11 +221,12 @@ class ReplayTape:
         ]
 
     def _span(self, layer: _Layer, piece: _Piece, start: int) -> ReplaySpan:
-        assert layer.kv_KTD is not None
         num_past, stop = start + piece.start - piece.first, start + piece.stop - piece.first
         past: KV | None = None
         if num_past:
-            k, v = (t[:, piece.first : piece.first + num_past].detach().requires_grad_() for t in layer.kv_KTD)
+            k, v = (
+                t[:, piece.first : piece.first + num_past].detach().requires_grad_() for t in self._kv[layer.number]
+            )
             past = (k, v)
         later = self._past_grads.get(piece.first)
         grads: KV | None = None
@@ -226,19 +264,3 @@ class ReplayTape:
             replay=spans,
             dropout=dropout,
         )
-
-
-def _without_inference(step: StepContext) -> StepContext:
-    """Only what belongs to the train rows; nothing of the tape itself, of the cache or of other rows stays alive."""
-    return replace(
-        step,
-        num_rows=step.num_train,
-        segments=step.train_segments,
-        spans=tuple((a, b) for a, b in step.spans if b <= step.num_train),
-        prefill=(),
-        decode=None,
-        cache=None,
-        cache_rows=None,
-        fresh_pages=None,
-        cuts=None,
-    )

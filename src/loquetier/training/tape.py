@@ -48,6 +48,11 @@ class GraphTape:
         return len(self._units)
 
     @property
+    def forward_left(self) -> tuple[TrainItem, ...]:
+        """Nothing: the forward is one step's."""
+        return ()
+
+    @property
     def unit_rows(self) -> int:
         """What a unit costs, in rows going backward through one layer."""
         return self.num_train
@@ -66,6 +71,9 @@ class GraphTape:
 
     def keep_kv(self, k_KMD: Tensor, v_KMD: Tensor) -> None:
         """Nothing to do: the layer's graph keeps what it needs."""
+
+    def seen_kv(self, start: int, stop: int) -> None:
+        """No earlier rows: an example's forward is one step's."""
 
     def leave(self, layer: int, hidden_1MD: Tensor) -> Tensor:
         """Nothing to do: the next cut, or `close`, takes the edge."""
