@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from loquetier.adapters.spec import LinearTarget
 from loquetier.base.attention import ATTENTION_NAME, STEP_KEYWORD, register
 from loquetier.base.context import Binding, StepContext
-from loquetier.base.footprint import graph_row_bytes
+from loquetier.base.footprint import graph_row_bytes, replay_footprint
 from loquetier.base.kv_cache import KVCache
 from loquetier.base.loading import LoadedBase
 from loquetier.base.support import check_supported, decoder_layers, decoder_stack, linear_targets
@@ -56,6 +56,8 @@ class Base:
         model.set_attn_implementation(ATTENTION_NAME)
         self.graph_row_bytes = graph_row_bytes(layers, self.config, self.head_dim, self.dtype.itemsize)
         """Bytes that a graph tape keeps per TRAIN row, estimated from the layers' shapes."""
+        self.replay_footprint = replay_footprint(layers, self.config, self.head_dim, self.dtype.itemsize)
+        """Bytes that a replay tape takes, estimated in the same way."""
         self._stack = decoder_stack(model)
         self._head = _head_only(model, self._stack)
 
@@ -134,7 +136,7 @@ class Base:
             out = self._head(inputs_embeds=hidden_ND[None], use_cache=False)
         finally:
             self._binding.step = None
-        logits_NV: Tensor = out.logits[0]
+        logits_NV: Tensor = out.logits.squeeze(0)  # indexing would copy them all in its backward
         return logits_NV
 
 

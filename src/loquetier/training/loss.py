@@ -49,27 +49,34 @@ def linear_cross_entropy(
 
     An adapter on lm_head gets its gradient as a side effect of the same backward, as everywhere.
     """
-    device = hidden_TD.device
     grad_TD = torch.zeros_like(hidden_TD) if with_grad else None
     nll, correct = [], []
     for at in range(0, len(labels.rows), CHUNK_ROWS):
-        rows = labels.rows[at : at + CHUNK_ROWS]
-        rows_n = torch.from_numpy(rows).to(device)
-        targets_n = torch.from_numpy(labels.targets[at : at + CHUNK_ROWS]).to(device)
-        hidden_nD = hidden_TD.index_select(0, rows_n).requires_grad_(with_grad)
-        with torch.set_grad_enabled(with_grad):
-            logits_nV = head(hidden_nD, rows)
-        logits32_nV = logits_nV.detach().float()
-        found = probabilities(logits32_nV, targets_n[:, None])
-        nll.append(-found.logprobs_NK[:, 0])
-        correct.append((logits32_nV.argmax(-1) == targets_n).float())
-        if grad_TD is not None:
-            weights_n = torch.from_numpy(labels.weights[at : at + CHUNK_ROWS]).to(device)
-            dlogits_nV = _dlogits(found, targets_n, weights_n).to(logits_nV.dtype)
-            (dhidden_nD,) = torch.autograd.grad(logits_nV, hidden_nD, dlogits_nV)
-            grad_TD.index_copy_(0, rows_n, dhidden_nD)
+        chunk = LabelledRows(*(array[at : at + CHUNK_ROWS] for array in (labels.rows, labels.targets, labels.weights)))
+        losses = _chunk(hidden_TD, chunk, head, grad_TD)
+        nll.append(losses.nll_L)
+        correct.append(losses.correct_L)
     empty = hidden_TD.new_zeros(0, dtype=torch.float32)
     return RowLosses(torch.cat(nll) if nll else empty, torch.cat(correct) if correct else empty), grad_TD
+
+
+def _chunk(hidden_TD: Tensor, labels: LabelledRows, head: HeadFunction, grad_TD: Tensor | None) -> RowLosses:
+    """One chunk's losses; its gradient goes into `grad_TD`. A function of its own: its logits end with it."""
+    with_grad, device = grad_TD is not None, hidden_TD.device
+    rows_n = torch.from_numpy(labels.rows).to(device)
+    targets_n = torch.from_numpy(labels.targets).to(device)
+    hidden_nD = hidden_TD.index_select(0, rows_n).requires_grad_(with_grad)
+    with torch.set_grad_enabled(with_grad):
+        logits_nV = head(hidden_nD, labels.rows)
+    logits32_nV = logits_nV.detach().float()
+    found = probabilities(logits32_nV, targets_n[:, None])
+    correct_n = (logits32_nV.argmax(-1) == targets_n).float()
+    if grad_TD is not None:
+        weights_n = torch.from_numpy(labels.weights).to(device)
+        dlogits_nV = _dlogits(found, targets_n, weights_n).to(logits_nV.dtype)
+        (dhidden_nD,) = torch.autograd.grad(logits_nV, hidden_nD, dlogits_nV)
+        grad_TD.index_copy_(0, rows_n, dhidden_nD)
+    return RowLosses(-found.logprobs_NK[:, 0], correct_n)
 
 
 def _dlogits(found: Probabilities, targets_n: Tensor, weights_n: Tensor) -> Tensor:
