@@ -295,8 +295,27 @@ def test_windows_take_less_at_the_peak_and_keep_the_same() -> None:
     assert kept < peaks[16] < 0.8 * peaks[1024]
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "qwen3_moe"])
-@pytest.mark.parametrize(("window", "layers"), [(60, 4), (240, 6), (24, 12)])
+def test_lower_layers_keep_k_and_v_until_the_last_window_only() -> None:
+    spec = LoraSpec(r=4, target_modules=("q_proj",), layers_to_transform=(2, 3))
+    engine = make_engine(
+        model={"layers": 5}, tape="replay", train_window=16, max_train_rows=32, backward_units_while_serving=1
+    )
+    ask(engine, "tiny", range(10, 20), 30)
+    start(engine, "job", spec, LONG, random_examples(1, 60, 60, 9))
+    kept = []
+    for _ in range(2):
+        engine.step()
+        assert isinstance(engine.trainer.tape, ReplayTape)
+        kept.append(sorted(engine.trainer.tape._kv))
+    assert kept == [[0, 1, 2, 3, 4], [2, 3, 4]]
+    run(engine)
+
+
+@pytest.mark.parametrize(
+    ("family", "window", "layers"),
+    [(f, n, layers) for f in FAMILIES if f != "qwen3_moe" for n, layers in ((60, 4), (240, 6))]
+    + [("llama", 24, 12), ("gemma2", 24, 12)],
+)
 def test_the_estimate_is_the_peak(family: str, window: int, layers: int) -> None:
     """Logits, units and what is kept rule the peak in turn. Every token is a label: most logits at once."""
     rows = 240

@@ -441,6 +441,19 @@ def test_a_step_time_budget_never_stops_training_for_ever() -> None:
     assert len(plans[busy[0]].train) == 1 and plans[busy[1]].backward_units == 1
 
 
+def test_a_long_forward_never_starves_either() -> None:
+    """Without units, too: nothing but lm_head is trained."""
+    cost = StepCostModel()
+    for _ in range(20):
+        cost.observe(StepFeatures(prefill_rows=1, decode_rows=1, train_rows=1, backward_rows=1, kv_tokens=9), 1.0)
+    engine = FakeEngine(16, cost=cost, step_time_budget=0.01, tape="replay")
+    engine.add(prompt=1, generate=60)
+    engine.forward = (TrainItem(1, 0, 2 * MIN_WINDOW_ROWS, slot=0),)
+    plans = [engine.step() for _ in range(2 * (MAX_STEPS_WITHOUT_TRAINING + 1))]
+    busy = [i for i, p in enumerate(plans) if p.train]
+    assert busy == [MAX_STEPS_WITHOUT_TRAINING, 2 * MAX_STEPS_WITHOUT_TRAINING + 1] and not engine.forward
+
+
 def test_scheduling_imports_no_torch() -> None:
     code = "import sys, loquetier.engine.scheduler; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
