@@ -299,7 +299,7 @@ class EngineConfig:
     max_prefill_rows: int = 512
     """Most PREFILL rows in one step: longer prompts advance by chunks."""
     max_train_rows: int = 1024
-    """Most TRAIN rows in one step; an example longer than that runs alone."""
+    """Most TRAIN rows in one step; an example longer than that runs alone, on the replay tape in windows of so many."""
     max_sequences: int = 256
     """Most sequences with KV pages at once."""
     backward_units_while_serving: int = 4
