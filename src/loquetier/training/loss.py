@@ -52,7 +52,8 @@ def linear_cross_entropy(
     grad_TD = torch.zeros_like(hidden_TD) if with_grad else None
     nll, correct = [], []
     for at in range(0, len(labels.rows), CHUNK_ROWS):
-        chunk = LabelledRows(*(array[at : at + CHUNK_ROWS] for array in (labels.rows, labels.targets, labels.weights)))
+        part = slice(at, at + CHUNK_ROWS)
+        chunk = LabelledRows(labels.rows[part], labels.targets[part], labels.weights[part])
         losses = _chunk(hidden_TD, chunk, head, grad_TD)
         nll.append(losses.nll_L)
         correct.append(losses.correct_L)
