@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -16,7 +17,8 @@ from loquetier.engine.engine import Engine
 from loquetier.engine.trainer import JobListener
 from loquetier.errors import CheckpointError
 from loquetier.finetuning import FinetuneHandle
-from loquetier.training.checkpoint import JobIdentity, read_checkpoint, write_checkpoint
+from loquetier.storage import StorageWait, check_room
+from loquetier.training.checkpoint import JobIdentity, checkpoint_bytes, read_checkpoint, write_checkpoint
 from loquetier.training.checkpoint_dir import CheckpointConfig, CheckpointDirectory
 from loquetier.training.checkpoint_state import DataDigest
 from loquetier.training.ending import best_evaluation, improved_now
@@ -36,6 +38,7 @@ class CheckpointSaver:
         errors: what failed writes raised; a failed write costs a checkpoint, never the job.
         saved: told of each checkpoint that is on the disk, on the thread that wrote it.
         served: weights that were served before a break and are not those of `held`, and their step.
+        storage: runs the writes, and holds the job while the disk is full.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class CheckpointSaver:
         inner: JobListener,
         errors: list[Exception],
         saved: Callable[[JobImage, Path], None],
+        storage: StorageWait,
         served: tuple[Tensor, int] | None = None,
     ) -> None:
         self._directory, self._identity, self._inner = directory, identity, inner
@@ -54,14 +58,16 @@ class CheckpointSaver:
         self._base_name, self._fail_point = engine.base.name, engine.jobs.fail_point
         self._modules: tuple[ModulePlan, ...] = resolve_modules(identity.spec, engine.base.targets)
         self._place = _place(held) if held else None
-        self._writer = _Writer(self._write, errors)
+        self._writer = _Writer(self._write, errors, storage)
 
     def listen(self, job: FinetuneJob, record: StepRecord | None) -> None:
         """The job's listener; engine thread only."""
         if job.status.is_final:
             # A failed job's state may be the reason of its failure: the last periodic checkpoint is the good one.
-            is_kept = job.status in (JobStatus.SUCCEEDED, JobStatus.CANCELLED)
-            self._writer.finish(job.image() if is_kept else None, lambda: self._ended(job))
+            is_kept = job.has_memory and job.status in (JobStatus.SUCCEEDED, JobStatus.CANCELLED)
+            # Who cancels wants an end now, and what failed has none to wait for; a success is worth waiting for room.
+            is_patient = job.status is JobStatus.SUCCEEDED
+            self._writer.finish(job.image() if is_kept else None, lambda: self._ended(job), is_patient=is_patient)
             return
         self._inner(job, record)
         # After a skipped step the job may be on its way to divergence: what was saved before stays the last good one.
@@ -85,7 +91,7 @@ class CheckpointSaver:
 
     def close(self) -> None:
         """Wait until everything is written; only when the job has ended, or could not be started."""
-        self._writer.finish(None, self._directory.close)
+        self._writer.finish(None, self._directory.close, is_patient=False)
         self._writer.join()
 
     def _ended(self, job: FinetuneJob) -> None:
@@ -93,6 +99,7 @@ class CheckpointSaver:
         self._inner(job, None)
 
     def _write(self, image: JobImage) -> None:
+        """OSError where it fails; nothing is left behind then."""
         if _place(image) == self._place:
             return  # closed, or ended, right after a checkpoint
 
@@ -148,11 +155,13 @@ def open_checkpoints(
     except OSError as error:
         raise CheckpointError(f"cannot use checkpoint_dir={str(config.directory)!r}: {error.strerror}") from error
     try:
+        _check_storage(directory, job, resolve_modules(job.spec, engine.base.targets))
         found = directory.newest(engine.base.targets, identity, job.examples, job.eval_examples)
         image, handle.resumed = found or (None, None)
         served = None if image is None else _best_weights(engine, directory, identity, image)
         errors, saved = handle.checkpoint_errors, handle.checkpoint_saved
-        saver = CheckpointSaver(engine, directory, identity, image, handle.listen, errors, saved, served)
+        storage = handle.storage_wait("checkpoints", directory.path)
+        saver = CheckpointSaver(engine, directory, identity, image, handle.listen, errors, saved, storage, served)
         handle.checkpoint_at = directory.at_step
     except BaseException:
         directory.close()
@@ -180,6 +189,16 @@ def _best_weights(
     return found.master, best.step
 
 
+def _check_storage(directory: CheckpointDirectory, job: NewJob, modules: tuple[ModulePlan, ...]) -> None:
+    """Whether there is room for the checkpoints that will lie there at once. Raises InsufficientStorageError."""
+    per_step = job.config.batch_size * job.config.gradient_accumulation_steps
+    steps = job.config.max_steps or job.config.num_epochs * -(-len(job.examples) // per_step)
+    # A new one is complete before the oldest goes.
+    most = min(directory.config.keep + 1, steps // directory.config.every + 1)
+    count = max(1, most - len(directory.checkpoints()))
+    check_room(directory.path, count * checkpoint_bytes(modules, steps), f"{count} checkpoints of job {job.name!r}")
+
+
 def _place(image: JobImage) -> tuple[object, ...]:
     """Where a job is: two images of one job at one place are the same."""
     return (image.history, image.num_draws, image.todo)
@@ -188,8 +207,8 @@ def _place(image: JobImage) -> tuple[object, ...]:
 class _Writer:
     """One thread and a queue of two: the newest image replaces one that still waits, but for the best one so far."""
 
-    def __init__(self, write: Callable[[JobImage], None], errors: list[Exception]) -> None:
-        self._write, self._errors = write, errors
+    def __init__(self, write: Callable[[JobImage], None], errors: list[Exception], storage: StorageWait) -> None:
+        self._write, self._errors, self._storage = write, errors, storage
         self._changed = threading.Condition()
         self._waiting: list[tuple[JobImage, bool]] = []
         """Oldest first, each with whether it is the best so far."""
@@ -207,8 +226,13 @@ class _Writer:
         kept = [] if is_best else [waiting for waiting in self._waiting if waiting[1]]
         self._waiting = [*kept, (image, is_best)]
 
-    def finish(self, image: JobImage | None, at_end: Callable[[], None]) -> None:
-        """Write what waits, and then `image` if given, then call `at_end` and end."""
+    def finish(self, image: JobImage | None, at_end: Callable[[], None], *, is_patient: bool) -> None:
+        """Write what waits, and then `image` if given, then call `at_end` and end.
+
+        Where the disk is full: when there is room, or, not `is_patient`, after one more try.
+        """
+        if not is_patient:
+            self._storage.give_up()
         with self._changed:
             if image is not None:
                 self._add(image, False)
@@ -232,7 +256,8 @@ class _Writer:
                 at_end = self._at_end
             for image, _ in waiting:
                 try:
-                    self._write(image)
+                    # Weights, gradient and two moments, and some text.
+                    self._storage.run(partial(self._write, image), 4 * image.master.nbytes + (1 << 16))
                 except Exception as error:  # told, and the job goes on
                     log.exception("a checkpoint of job %s could not be written", image.name)
                     self._errors.append(error)

@@ -109,6 +109,7 @@ def finetune(
             resume=resume,
         )
         _tell_resumed(handle, resume)
+        _tell_memory(handle)
         _train(runtime, handle, out, eval_records)
 
 
@@ -165,6 +166,13 @@ def _tell_resumed(handle: FinetuneHandle, asked: bool) -> None:
     for difference in handle.resumed.differences:
         print(f"not bit for bit as without a break: {difference}", file=sys.stderr)
     print(f"resumed after step {handle.resumed.step} from {handle.resumed.path}", file=sys.stderr)
+
+
+def _tell_memory(handle: FinetuneHandle) -> None:
+    if handle.estimate is not None:
+        print(f"memory, by estimate:\n{handle.estimate.table()}", file=sys.stderr)
+    if handle.position is not None:
+        print(f"queued: {handle.reason}", file=sys.stderr)
 
 
 def _train(runtime: Runtime, handle: FinetuneHandle, out: Path, eval_records: list[dict[str, Any]] | None) -> None:

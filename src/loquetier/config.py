@@ -308,10 +308,12 @@ class EngineConfig:
     """Seconds a step may take while requests are running (from --slo-tpot); None = the fixed limits."""
     tape: Literal["auto", "graph", "replay"] = "auto"
     """What a training forward keeps: "graph" = every layer's graph (fastest), "replay" = layer inputs, K and V only
-    (bounded memory, shorter units, a second forward), "auto" = graph while it fits `train_memory` and
-    `step_time_budget`."""
+    (bounded memory, shorter units, a second forward), "auto" = graph while it fits `train_memory`, beside the jobs'
+    state, and `step_time_budget`."""
     train_memory: int | None = None
-    """Bytes that the graph tape may take with tape="auto"; None = a quarter of the free memory."""
+    """Bytes of all memory of training outside `adapter_memory`: the state of the jobs that run or are paused
+    (gradients, moments, float32 weights, encoded data, copies for checkpoints) and the open tape. Jobs that do not fit
+    beside those that run wait in the queue. None = a quarter of the free memory."""
     train_window: int = 512
     """Most rows of one backward unit of the replay tape."""
     max_context: int | None = None

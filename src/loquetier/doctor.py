@@ -99,7 +99,7 @@ def _plan(preset: Preset) -> Iterator[tuple[str, str]]:
     assert config.kv_memory is not None and config.adapter_memory is not None and config.train_memory is not None
     yield "KV cache", f"at most {_mib(config.kv_memory)} (kv_memory)"
     yield "adapters", f"at most {_mib(config.adapter_memory)} (adapter_memory), for serving and training slots"
-    yield "training", f"graph tape up to {_mib(config.train_memory)} (train_memory), replay tape beyond"
+    yield "training", f"at most {_mib(config.train_memory)} (train_memory), for jobs' state and the open tape"
 
 
 def _preset_state(preset: Preset) -> str:

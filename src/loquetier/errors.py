@@ -83,6 +83,20 @@ class OutOfAdapterMemoryError(LoquetierError, MemoryError):
     status = 503
 
 
+class OutOfTrainMemoryError(LoquetierError, MemoryError):
+    """The job can never fit `train_memory`, however long it waits."""
+
+    code = "insufficient_training_memory"
+    status = 400
+
+
+class InsufficientStorageError(LoquetierError, OSError):
+    """The disk has no room for what must be written; the message gives path, needed and free bytes."""
+
+    code = "insufficient_storage"
+    status = 507
+
+
 class OutOfKVMemoryError(LoquetierError, MemoryError):
     """The request can never fit the KV cache, however long it waits."""
 

@@ -17,9 +17,11 @@ from loquetier.reporting.callbacks import as_observer
 from loquetier.reporting.events import JobCallback, JobEvent, JobObserver, JobStart
 from loquetier.reporting.files import JobFiles
 from loquetier.reporting.pump import EventPump
+from loquetier.storage import StorageWait
 from loquetier.training.checkpoint_dir import Resumed
 from loquetier.training.ending import BestEvaluation, best_evaluation, is_last_step
 from loquetier.training.job import FinetuneJob, JobImage, JobStatus, StepRecord
+from loquetier.training.memory import MemoryEstimate
 
 __all__ = ["FinetuneHandle", "JobCallback", "JobEvent", "JobObserver", "poll_steps"]
 
@@ -47,6 +49,7 @@ class FinetuneHandle:
         """
         self._engine, self._loop = engine, loop
         self._job: FinetuneJob | None = None
+        self._has_begun = False
         self._ended = threading.Event()
         self.callbacks = tuple(callbacks)
         self.resumed: Resumed | None = None
@@ -56,10 +59,29 @@ class FinetuneHandle:
         self.checkpoint_at: Callable[[int], Path | None] = lambda step: None
         """The checkpoint of a step, if there is one now; set where the job's checkpoints are opened."""
         observers = [*(as_observer(callback, self._stop) for callback in self.callbacks), *reporters]
-        self._files = None if output_dir is None else JobFiles(output_dir, resumed_job, engine.jobs.fail_point)
+        self._storage_waits: list[StorageWait] = []
+        self._files_wait = None if output_dir is None else self.storage_wait("files", output_dir)
+        self._files = None
+        if output_dir is not None and self._files_wait is not None:
+            self._files = JobFiles(output_dir, resumed_job, engine.jobs.fail_point, self._files_wait.run)
         self._pump = EventPump(observers, "loquetier-callbacks")
         # On a thread of their own, which runs nothing of the caller's: `wait` may wait for it.
         self._file_pump = EventPump([self._files] if self._files else [], "loquetier-job-files")
+
+    def storage_wait(self, key: str, directory: Path) -> StorageWait:
+        """What runs writes into `directory` and holds the job while the disk is full; done by the runtime."""
+        jobs = self._engine.jobs
+        wait = StorageWait(
+            directory,
+            lambda reason: self._on_engine(lambda: jobs.hold(self.job, key, reason)),
+            lambda: self._on_engine(lambda: jobs.release_hold(self.job, key)),
+        )
+        self._storage_waits.append(wait)
+        return wait
+
+    def _on_engine(self, call: Callable[[], None]) -> None:
+        with suppress(EngineStoppedError):  # a closed runtime has ended the job itself
+            self._loop.submit(call)
 
     @property
     def callback_errors(self) -> list[Exception]:
@@ -71,11 +93,14 @@ class FinetuneHandle:
         """Why lines of the job's files are missing, if any are."""
         return self._file_pump.errors
 
-    def attach(self, job: FinetuneJob) -> None:
-        """Tie the handle to its job; done by the runtime."""
-        if self._job is not None:
-            return  # it ended while it was resumed, and told so before
+    def _attach(self, job: FinetuneJob) -> None:
+        """The job's first word: from here on the handle is its. Observers begin when its data is known."""
         self._job = job
+        if job.examples and not self._has_begun:
+            self._has_begun = True
+            self._begin(job)
+
+    def _begin(self, job: FinetuneJob) -> None:
         start = JobStart(
             job.name,
             job.config,
@@ -99,7 +124,7 @@ class FinetuneHandle:
 
     def listen(self, job: FinetuneJob, record: StepRecord | None) -> None:
         """The engine's listener: queues events, never blocks."""
-        self.attach(job)
+        self._attach(job)
         if record is None:
             self._put(JobEvent("status", job.name, job.status, None, job.error, job.reason))
         elif record.evaluation is not None:
@@ -112,6 +137,8 @@ class FinetuneHandle:
             due, is_last = job.is_eval_due, is_last_step(job)
             self._put(JobEvent("step", job.name, job.status, record, None, record.reason, due, is_last))
         if job.status.is_final:
+            if self._files_wait is not None and job.status is not JobStatus.SUCCEEDED:
+                self._files_wait.give_up()
             self._end()
 
     def checkpoint_saved(self, image: JobImage, path: Path) -> None:
@@ -138,11 +165,10 @@ class FinetuneHandle:
 
         def cancel() -> None:
             if not self.job.status.is_final:
-                self.job.reason = "a callback set control.should_training_stop"
-                self._engine.jobs.set_status(self.job, JobStatus.CANCELLED)
+                reason = "a callback set control.should_training_stop"
+                self._engine.jobs.set_status(self.job, JobStatus.CANCELLED, reason)
 
-        if self._loop.is_alive:
-            self._loop.submit(cancel)
+        self._on_engine(cancel)
 
     @property
     def job(self) -> FinetuneJob:
@@ -162,8 +188,18 @@ class FinetuneHandle:
 
     @property
     def reason(self) -> str | None:
-        """Why it ended before its last step without failing (early stopping, a callback); None otherwise."""
+        """Why it is in its state, where that does not say it: what it waits for, why it is paused or ended early."""
         return self.job.reason
+
+    @property
+    def position(self) -> int | None:
+        """1-based place in the queue; None when it is not queued."""
+        return self.job.position
+
+    @property
+    def estimate(self) -> MemoryEstimate | None:
+        """What it needs, by estimate; None while its data is not known."""
+        return self.job.estimate
 
     @property
     def best(self) -> BestEvaluation | None:
@@ -188,7 +224,12 @@ class FinetuneHandle:
         self._loop.call(lambda: self._engine.jobs.set_status(self.job, JobStatus.PAUSED))
 
     def resume(self) -> None:
-        """Go on where `pause` stopped. Raises JobStateError."""
+        """Go on where `pause` stopped. Raises JobStateError.
+
+        A job that is held because the disk is full tries to write at once, and goes on when it could.
+        """
+        for wait in self._storage_waits:
+            wait.try_now()
         self._loop.call(lambda: self._engine.jobs.set_status(self.job, JobStatus.RUNNING))
 
     def cancel(self) -> None:

@@ -24,7 +24,7 @@ from loquetier.arguments import Data, Prompt, checkpoint_config, encode_prompt, 
 from loquetier.base.hardware import detect_hardware
 from loquetier.base.loading import load_base
 from loquetier.base.model import Base
-from loquetier.checkpointing import CheckpointSaver, NewJob, open_checkpoints
+from loquetier.checkpointing import CheckpointSaver, NewJob
 from loquetier.config import EngineConfig, SamplingParams, TrainingConfig, resolve
 from loquetier.engine.engine import Engine
 from loquetier.engine.loop import EngineLoop
@@ -42,9 +42,9 @@ from loquetier.finetuning import FinetuneHandle, JobCallback, JobObserver
 from loquetier.generation import Collector, Completion, GenerationHandle
 from loquetier.info import AdapterInfo as AdapterInfo
 from loquetier.info import RuntimeStats as RuntimeStats
+from loquetier.intake import start_later, start_now
 from loquetier.reporting.reporters import open_reporters
 from loquetier.training.chat import template_fingerprint
-from loquetier.training.checkpoint_dir import CheckpointConfig
 from loquetier.training.data import encode_examples
 from loquetier.training.job import EvalResult, FinetuneJob
 
@@ -102,7 +102,7 @@ class Runtime:
 
     def _save_jobs(self) -> None:
         for saver, job in self._savers:
-            if not job.status.is_final:
+            if job.has_memory and not job.status.is_final:
                 saver.save(job)
 
     def __enter__(self) -> Runtime:
@@ -379,8 +379,11 @@ class Runtime:
         checkpoint_every: int = 50,
         checkpoints_to_keep: int = 2,
         resume: bool = False,
+        validate_in_background: bool = False,
     ) -> FinetuneHandle:
-        """Start training an adapter; its rows join the steps that answer requests. Returns at once.
+        """Start training an adapter; its rows join the steps that answer requests. Returns when the data is checked.
+
+        The job runs at once if there is memory for it, else it is queued behind those that came before.
 
         From its first publish on it answers as `name`. An adapter already served as `name` keeps answering until then.
 
@@ -396,9 +399,12 @@ class Runtime:
                 at the job's end and one when the runtime is closed; the newest `checkpoints_to_keep` stay.
             resume: go on, bit for bit, from the newest good checkpoint in `checkpoint_dir` (a fresh job where there is
                 none). Settings, data and base must be those it was made with; `start_from` counts only when fresh.
+            validate_in_background: return at once with a job that is `validating_files`: the data is read, encoded and
+                checked on a thread, and what is wrong with it, or with checkpoint_dir, fails the job.
 
         Raises:
-            DataError, AdapterError, ConfigError, CheckpointError, OutOfAdapterMemoryError: nothing was started.
+            DataError, AdapterError, ConfigError, CheckpointError, InsufficientStorageError: nothing was started.
+            OutOfAdapterMemoryError, OutOfTrainMemoryError: it would not fit even if it were alone.
         """
         training = given(training, TrainingConfig, "training") or TrainingConfig()
         if not isinstance(callbacks, Sequence):
@@ -408,43 +414,31 @@ class Runtime:
         training.check_checkpoints(checkpoint_dir)
         spec = given(lora, LoraSpec, "lora") or (LoraSpec() if start_from is None else self._spec_of(start_from))
         limit = min(training.max_seq_len, self.max_context)
-        examples = encode_examples(records_of(data), self.tokenizer, limit)
-        evals = encode_examples(records_of(eval_data), self.tokenizer, limit) if eval_data is not None else ()
+
+        def load() -> NewJob:
+            examples = encode_examples(records_of(data), self.tokenizer, limit)
+            evals = encode_examples(records_of(eval_data), self.tokenizer, limit) if eval_data is not None else ()
+            return NewJob(name=name, spec=spec, config=training, examples=examples, eval_examples=evals)
+
+        new = None if validate_in_background else load()
         self._engine.jobs.template_fingerprint = self.template_fingerprint
         reporters = open_reporters(report_to)
         files = None if output_dir is None else path_of(output_dir)
         place = checkpoint_config(checkpoint_dir, checkpoint_every, checkpoints_to_keep, resume)
         handle = FinetuneHandle(self._engine, self._loop, callbacks, reporters, files, name if resume else None)
-        job = NewJob(name=name, spec=spec, config=training, examples=examples, eval_examples=evals)
+        where = (self._engine, self._loop, handle)
         try:
-            self._start(handle, job, start_from, place)
+            if new is None:
+                start_later(*where, name, spec, training, load, start_from, place, self._note_saver)
+            else:
+                start_now(*where, new, start_from, place, self._note_saver)
         except BaseException:
             handle.discard()
             raise
         return handle
 
-    def _start(
-        self, handle: FinetuneHandle, new: NewJob, start_from: str | None, place: CheckpointConfig | None
-    ) -> None:
-        """Start the job, or take it up from its newest checkpoint, and tie `handle` to it."""
-        saver, image = open_checkpoints(self._engine, handle, place, new) if place else (None, None)
-        listen, jobs = (saver or handle).listen, self._engine.jobs
-
-        def start() -> None:
-            if image is not None and saver is not None:
-                handle.attach(jobs.resume(image, listen, saver.served))
-            else:
-                data = (new.examples, new.eval_examples)
-                handle.attach(jobs.start(new.name, new.spec, new.config, *data, listen, start_from))
-            if saver is not None:
-                self._savers = [*(pair for pair in self._savers if pair[0].is_open), (saver, handle.job)]
-
-        try:
-            self._loop.call(start)
-        except BaseException:
-            if saver is not None:
-                saver.close()
-            raise
+    def _note_saver(self, saver: CheckpointSaver, job: FinetuneJob) -> None:
+        self._savers = [*(pair for pair in self._savers if pair[0].is_open), (saver, job)]
 
     def _spec_of(self, model: str) -> LoraSpec:
         return self._loop.call(lambda: self._engine.registry.resolve(model).spec)

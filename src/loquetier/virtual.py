@@ -93,7 +93,7 @@ def _pause(runtime: Runtime, name: str) -> JobStatus | None:
             "first, or train with another publish setting"
         )
     was = job.status
-    if was is JobStatus.RUNNING:
+    if was is JobStatus.RUNNING:  # what has not begun is refused by `detach`
         runtime._engine.jobs.set_status(job, JobStatus.PAUSED)
     return was
 
@@ -105,10 +105,7 @@ def attach_adapter(
     handle = FinetuneHandle(runtime._engine, runtime._loop, callbacks)
 
     def enter() -> FinetuneJob | None:
-        job = attach(runtime._engine, image, handle.listen)
-        if job is not None:
-            handle.attach(job)
-        return job
+        return attach(runtime._engine, image, handle.listen)
 
     try:
         job = runtime._loop.call(enter)

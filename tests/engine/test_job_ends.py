@@ -65,8 +65,9 @@ def test_three_skipped_in_a_row_fail_the_job_and_the_last_good_version_stays(mon
         assert job.status is JobStatus.FAILED and other.status is JobStatus.SUCCEEDED
         assert isinstance(job.error, TrainingDivergedError) and "step 7; the weights of step 4" in str(job.error)
         running = JobStatus.RUNNING
-        assert heard[:3] == [(running, False), (running, False), (running, True)]
-        assert heard[-2:] == [(running, True), (JobStatus.FAILED, None)] and len(heard) == 8
+        assert heard[:3] == [(JobStatus.QUEUED, None), (running, None), (running, False)]
+        assert heard[3:5] == [(running, False), (running, True)]
+        assert heard[-2:] == [(running, True), (JobStatus.FAILED, None)] and len(heard) == 10
         assert engine.registry.resolve("job").number == 3
 
 

@@ -97,7 +97,7 @@ def test_a_callback_can_stop_the_job(runtime: Runtime) -> None:
     assert ended.wait(60) and job.callback_errors == []
 
 
-def test_a_failing_reporter_and_a_full_disk_fail_nothing(
+def test_a_failing_reporter_and_a_broken_disk_fail_nothing(
     runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Broken:
@@ -109,13 +109,14 @@ def test_a_failing_reporter_and_a_full_disk_fail_nothing(
 
         def close(self) -> None: ...
 
-    def full(_: object) -> None:
-        raise OSError(28, "No space left on device")
+    def broken(*_: object) -> None:
+        if threading.current_thread().name == "loquetier-job-files":  # the header was written at the start
+            raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("loquetier.reporting.files._to_disk", full)
+    monkeypatch.setattr("loquetier.reporting.files.append_durably", broken)
     job: FinetuneHandle = runtime.finetune(
         "robust", DATA, training=TRAINING, output_dir=tmp_path / "out", report_to=[Broken()]
     )
     assert len(job.wait(60)) == 6 and job.status is JobStatus.SUCCEEDED
     assert {type(e) for e in job.file_errors} == {OSError}
-    assert job._pump.join(60) and len(job.callback_errors) == 8
+    assert job._pump.join(60) and len(job.callback_errors) == 10

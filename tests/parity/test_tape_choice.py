@@ -35,8 +35,13 @@ def test_routed_experts_are_not_forgotten() -> None:
 
 @pytest.mark.parametrize("room_for_rows", [99, 100])
 def test_rows_beyond_train_memory_go_on_the_replay_tape(room_for_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    row_bytes = make_engine(model={"layers": 60}).base.graph_row_bytes
-    memory = room_for_rows * row_bytes
+    model = {"layers": 60}
+    examples = random_examples(1, 101, 101, 1)  # 100 rows
+    config = TrainingConfig(batch_size=1, max_steps=1)
+    alone = make_engine(model=model, adapter_memory=16 * MIB)
+    start(alone, "job", LoraSpec(r=2), config, examples)
+    memory = alone.admission.graph_bytes(room_for_rows)
+    run(alone)
     assert memory >= MIB
     engine = make_engine(model={"layers": 60}, train_memory=memory, train_window=40, adapter_memory=16 * MIB)
     opened = Trainer.open_tape
@@ -47,8 +52,7 @@ def test_rows_beyond_train_memory_go_on_the_replay_tape(room_for_rows: int, monk
         return tapes[-1]
 
     monkeypatch.setattr(Trainer, "open_tape", spied)
-    examples = random_examples(1, 101, 101, 1)  # 100 rows
-    start(engine, "job", LoraSpec(r=2), TrainingConfig(batch_size=1, max_steps=1), examples)
+    start(engine, "job", LoraSpec(r=2), config, examples)
     report = engine.step()
     assert report.train_rows == 100
     assert [type(t) for t in tapes] == [GraphTape if room_for_rows == 100 else ReplayTape]

@@ -48,9 +48,12 @@ def run_step(job: FinetuneJob, nll: float = 2.0) -> list[int]:
 # --- states ---
 
 ENDS = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED, JobStatus.DETACHED}
+STOPPED = {JobStatus.FAILED, JobStatus.CANCELLED}
 LEGAL = {
+    *((JobStatus.VALIDATING_FILES, to) for to in STOPPED | {JobStatus.QUEUED, JobStatus.PAUSED}),
+    *((JobStatus.QUEUED, to) for to in STOPPED | {JobStatus.RUNNING, JobStatus.PAUSED}),
     *((JobStatus.RUNNING, to) for to in ENDS | {JobStatus.PAUSED}),
-    *((JobStatus.PAUSED, to) for to in ENDS | {JobStatus.RUNNING}),
+    *((JobStatus.PAUSED, to) for to in set(JobStatus) - {JobStatus.PAUSED}),
 }
 
 

@@ -317,13 +317,13 @@ def test_minimum_progress_is_a_small_window() -> None:
 
 # --- the tape ---
 
-LAYERS = TrainLimits(units_per_tape=30, graph_row_bytes=1 << 20)
+LAYERS = TrainLimits(units_per_tape=30, graph_bytes=lambda rows: rows * 1 << 20)
 
 
 def test_the_tape_that_the_settings_name() -> None:
     assert tape_for(10**6, room(tape="graph", train_memory=1 << 20), LAYERS) == "graph"
     assert tape_for(1, room(tape="replay"), LAYERS) == "replay"
-    cannot = TrainLimits(units_per_tape=30, graph_row_bytes=1 << 20, can_replay=False)
+    cannot = TrainLimits(units_per_tape=30, graph_bytes=lambda rows: rows << 20, can_replay=False)
     assert tape_for(10**6, room(train_memory=1 << 20), cannot) == "graph"
 
 

@@ -28,6 +28,11 @@ def num_elements(modules: Iterable[ModulePlan]) -> int:
     return sum(m.num_elements for m in modules)
 
 
+def slot_elements(modules: Iterable[ModulePlan]) -> int:
+    """Elements that a slot takes in the arena, padding included."""
+    return -(-num_elements(modules) // ALIGN) * ALIGN
+
+
 def num_a_elements(modules: Iterable[ModulePlan]) -> int:
     """Elements of the leading A part of a slot; the rest is B transposed."""
     return sum(m.rank * m.target.in_features for m in modules)
@@ -72,6 +77,8 @@ class Arena:
         each time took longer than copying the weights."""
         self.factors: dict[int, dict[int, Factors]] = {}
         """slot -> module index -> views: what the kernels read."""
+        self.num_frees = 0
+        """Slots given back so far: who waits for memory need not look again while it stays the same."""
         self.reclaim: Callable[[], bool] = lambda: False
         """Asked for a slot less when memory runs out; False when nothing can be given up."""
 
@@ -94,7 +101,7 @@ class Arena:
         Raises:
             OutOfAdapterMemoryError: no free run is long enough; nothing changed.
         """
-        size = -(-num_elements(modules) // ALIGN) * ALIGN
+        size = slot_elements(modules)
         run = self._find(size)
         while run is None and self.reclaim():
             run = self._find(size)
@@ -129,6 +136,7 @@ class Arena:
             del self._spare_views[next(iter(self._spare_views))]
         self._buffer[run.start : run.start + run.size].zero_()
         self._free = _coalesce([*self._free, run])
+        self.num_frees += 1
         return run.size * self.itemsize
 
     def flat(self, slot: int) -> Tensor:

@@ -27,3 +27,17 @@ def fsync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def append_durably(descriptor: int, data: bytes) -> None:
+    """Add `data` to the end of a file and make it durable: all of it, or nothing where it fails (OSError)."""
+    end = os.fstat(descriptor).st_size
+    os.lseek(descriptor, end, os.SEEK_SET)
+    try:
+        left = memoryview(data)
+        while left:
+            left = left[os.write(descriptor, left) :]
+        os.fsync(descriptor)
+    except OSError:
+        os.ftruncate(descriptor, end)
+        raise

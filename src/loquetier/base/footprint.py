@@ -1,8 +1,8 @@
-"""How many bytes the tapes take, from the shapes of the decoder layers."""
+"""How many bytes training keeps per train row, from the shapes of the decoder layers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,75 +11,56 @@ from torch import nn
 from loquetier.base.linear import VirtualLinear
 
 
-def graph_row_bytes(layers: Sequence[nn.Module], config: Any, head_dim: int, itemsize: int) -> int:
-    """Bytes per TRAIN row over all layers, with adapters on every linear; dense layers within 15 % of what is measured.
+@dataclass(frozen=True, slots=True)
+class LinearInput:
+    """One tensor that a group of linears reads. It is kept when one of them is trained."""
 
-    Routed experts are counted by the rows that they gather; how they keep them is transformers' affair.
-    """
-    return itemsize * sum(_layer_floats(layer, config, head_dim) for layer in layers)
+    modules: frozenset[int]
+    floats: int
 
 
 @dataclass(frozen=True, slots=True)
-class ReplayFootprint:
-    """Bytes of a replay tape: what it keeps of a row, and what is made beside that while something of it runs."""
+class LayerFootprint:
+    """Floats per TRAIN row of one layer, by what keeps them."""
 
-    row: int
-    """Kept per TRAIN row: layer inputs, K and V of all layers, the gradient of one layer's output, cos and sin."""
-    forward_row: int
-    """Per row of the window whose forward runs."""
-    unit_row: int
-    """Per row of the window whose unit runs: one layer's graph and, for its backward, seven tenths of it again."""
-    past_row: int
-    """Per TRAIN row before that window: gradients of one layer's K and V, and their sum in the making."""
-    score: int
-    """Per row of a window and row that it attends to: soft-capped scores, which are written out, or else the mask."""
-    loss_row: int
-    """Per labelled row whose logits live: these and their gradient."""
+    fixed: int
+    """The layer's input, attention, norms, gated activations."""
+    inputs: tuple[LinearInput, ...]
+    mlp: int
+    """Width of the widest MLP: its temporaries are the layer's largest."""
 
-    def peak(self, rows: int, forward_rows: int, unit_rows: int, loss_rows: int) -> int:
-        """Most bytes at once of a tape of so many rows. The adapters' own gradients are not part of it.
-
-        Args:
-            rows: of the tape.
-            forward_rows: most rows of a forward's window: `max_train_rows`.
-            unit_rows: most rows of a unit's window: `train_window`.
-            loss_rows: most labelled rows whose logits live at once: `training.loss.CHUNK_ROWS`.
-        """
-        width, unit_width = min(rows, forward_rows), min(rows, unit_rows)
-        forward = width * (self.forward_row + rows * self.score // 2)
-        unit = (rows - unit_width) * self.past_row + unit_width * (self.unit_row + rows * self.score)
-        return rows * self.row + max(forward, unit, min(width, loss_rows) * self.loss_row)
+    def kept(self, trained: Collection[int] | None = None) -> int:
+        """What the layer's graph keeps when these modules are trained (None: all)."""
+        kept = (i.floats for i in self.inputs if trained is None or not i.modules.isdisjoint(trained))
+        return self.fixed + sum(kept)
 
 
-def replay_footprint(layers: Sequence[nn.Module], config: Any, head_dim: int, itemsize: int) -> ReplayFootprint:
-    """What a replay tape takes with trained weights in every layer; dense layers, within 16 % of what is measured."""
-    hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
-    kv = 2 * int(getattr(config, "num_key_value_heads", None) or heads) * head_dim
-    widest = max(_layer_floats(layer, config, head_dim) for layer in layers)
-    is_capped = getattr(config, "attn_logit_softcapping", None) is not None
-    return ReplayFootprint(
-        row=itemsize * (len(layers) * (hidden + kv) + hidden + 2 * head_dim) + 8,
-        past_row=2 * 4 * kv,
-        forward_row=itemsize * widest,
-        unit_row=17 * itemsize * widest // 10,
-        score=4 * heads * 4 if is_capped else 1,
-        # In float32 the logits and their gradient; in a narrower type these in float32 beside both in that type.
-        loss_row=int(config.vocab_size) * (8 if itemsize == 4 else 8 + 2 * itemsize),
-    )
+def layer_footprints(layers: Sequence[nn.Module], config: Any, head_dim: int) -> tuple[LayerFootprint, ...]:
+    """One for each layer; dense layers within 15 % of what is measured.
+
+    Routed experts are counted by the rows that they gather; how they keep them is transformers' affair.
+    """
+    return tuple(_layer(layer, config, head_dim) for layer in layers)
 
 
-def _layer_floats(layer: nn.Module, config: Any, head_dim: int) -> int:
+def _layer(layer: nn.Module, config: Any, head_dim: int) -> LayerFootprint:
     heads = int(config.num_attention_heads)
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    leaf = int(config.hidden_size)
+    hidden = int(config.hidden_size)
     attention = 2 * (heads + kv_heads) * head_dim + heads  # q, k, v, output, log-sum-exp
-    inputs = {id(m.group): m.in_features for m in layer.modules() if isinstance(m, VirtualLinear)}
-    return (
-        leaf
-        + attention
-        + sum(inputs.values())
-        + sum(_kept_by(name, module, config, head_dim) for name, module in layer.named_modules())
+    groups = {id(m.group): m for m in layer.modules() if isinstance(m, VirtualLinear)}
+    inputs = tuple(
+        LinearInput(frozenset(a.module for a in m.group.adapted), int(m.in_features)) for m in groups.values()
     )
+    others = sum(_kept_by(name, module, config, head_dim) for name, module in layer.named_modules())
+    return LayerFootprint(hidden + attention + others, inputs, max((_mlp_width(m) for m in layer.modules()), default=0))
+
+
+def _mlp_width(module: nn.Module) -> int:
+    down = getattr(module, "down_proj", None)
+    if isinstance(down, nn.Module):
+        return int(down.in_features)  # type: ignore[arg-type]
+    return 0 if down is None else int(down.shape[2])
 
 
 def _kept_by(name: str, module: nn.Module, config: Any, head_dim: int) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from loquetier.adapters.spec import LinearTarget
 from loquetier.base.attention import ATTENTION_NAME, STEP_KEYWORD, register
 from loquetier.base.context import Binding, StepContext
-from loquetier.base.footprint import graph_row_bytes, replay_footprint
+from loquetier.base.footprint import layer_footprints
 from loquetier.base.kv_cache import KVCache
 from loquetier.base.loading import LoadedBase
 from loquetier.base.support import check_supported, decoder_layers, decoder_stack, linear_targets
@@ -54,10 +54,10 @@ class Base:
         limit_row_modules(model, layers, self._binding)
         cut_layers(layers, self._binding)
         model.set_attn_implementation(ATTENTION_NAME)
-        self.graph_row_bytes = graph_row_bytes(layers, self.config, self.head_dim, self.dtype.itemsize)
+        self.footprints = layer_footprints(layers, self.config, self.head_dim)
+        """What each layer keeps per TRAIN row."""
+        self.graph_row_bytes = self.dtype.itemsize * sum(layer.kept() for layer in self.footprints)
         """Bytes that a graph tape keeps per TRAIN row, estimated from the layers' shapes."""
-        self.replay_footprint = replay_footprint(layers, self.config, self.head_dim, self.dtype.itemsize)
-        """Bytes that a replay tape takes, estimated in the same way."""
         self._stack = decoder_stack(model)
         self._head = _head_only(model, self._stack)
 
@@ -136,7 +136,8 @@ class Base:
             out = self._head(inputs_embeds=hidden_ND[None], use_cache=False)
         finally:
             self._binding.step = None
-        logits_NV: Tensor = out.logits.squeeze(0)  # indexing would copy them all in its backward
+        # Not [0]: the backward of a view is free, that of a selection makes one more tensor of this size.
+        logits_NV: Tensor = out.logits.squeeze(0)
         return logits_NV
 
 

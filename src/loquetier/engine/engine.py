@@ -17,6 +17,7 @@ from loquetier.adapters.arena import Arena
 from loquetier.adapters.registry import AdapterRegistry
 from loquetier.base.model import Base
 from loquetier.config import EngineConfig, SamplingParams
+from loquetier.engine.admission import Admission, memory_model
 from loquetier.engine.batch import build_batch
 from loquetier.engine.blocks import BlockAllocator
 from loquetier.engine.cost import plan_features
@@ -111,7 +112,8 @@ class Engine:
         self.serving = Serving(base, self.scheduler, self.registry, self.max_context, head_module)
         self.trainer = Trainer(base, self.arena, head_module)
         self.adapters = AdapterShelf(self.arena, self.registry)
-        self.jobs = Jobs(self.trainer, self.registry, fail_points(os.environ))
+        self.admission = Admission(self.trainer, self.registry, memory_model(base, config, self.arena.itemsize))
+        self.jobs = Jobs(self.trainer, self.registry, self.admission, fail_points(os.environ))
         self.totals = Totals()
 
     # --- the step ---
@@ -119,7 +121,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """A step would do something."""
-        return self.scheduler.has_work or self.trainer.has_work
+        return self.scheduler.has_work or self.trainer.has_work or self.admission.may_admit
 
     def step(self) -> StepReport:
         """One pass of the loop: schedule, forward, sample and loss, backward, optimize, commit."""
@@ -139,12 +141,13 @@ class Engine:
 
     def _schedule(self) -> StepPlan:
         trainer = self.trainer
+        self.jobs.admit()
         limits = TrainLimits(
             units_per_tape=self.base.num_layers,
             open_tape_rows=trainer.tape.unit_rows if trainer.tape else 0,
-            graph_row_bytes=self.base.graph_row_bytes,
             open_forward=trainer.forward_left,
             can_replay=self.replay_refusal is None,
+            graph_bytes=self.admission.graph_bytes,
         )
         return self.scheduler.schedule(trainer.train_items(), trainer.eval_items(), trainer.open_units, limits)
 
@@ -214,8 +217,10 @@ class Engine:
             raise IntegrityError(f"idle, but {self.allocator.num_pages - self.allocator.num_free} KV pages are taken")
         users = sum(v.users for v in self.registry.versions)
         expected = sum(r.version.slot >= 0 for r in self.serving.requests.values())
+        expected += self.admission.num_pinned
         if not self.trainer.evaluations and users != expected:
-            raise IntegrityError(f"{users} users of adapter versions, {expected} requests on adapters")
+            raise IntegrityError(f"{users} users of adapter versions, {expected} requests and jobs on adapters")
+        self.admission.check_integrity()
 
 
 def _most_useful_pages(config: EngineConfig, max_context: int) -> int:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import count
 
@@ -19,10 +18,12 @@ from loquetier.adapters.init import initialize_slot
 from loquetier.adapters.registry import AdapterRegistry, check_name
 from loquetier.adapters.spec import LoraSpec, ModulePlan, resolve_modules
 from loquetier.config import TrainingConfig
+from loquetier.engine.admission import Admission, Ticket
 from loquetier.engine.rows import TrainItem
 from loquetier.engine.trainer import JobListener, Trainer
-from loquetier.errors import ConfigError, LoquetierError, OutOfAdapterMemoryError
+from loquetier.errors import ConfigError, EngineError, JobStateError, LoquetierError, OutOfAdapterMemoryError
 from loquetier.failpoints import FailPoint, no_fail_point
+from loquetier.training import holds
 from loquetier.training.data import Example, check_examples
 from loquetier.training.ending import (
     check_evaluation,
@@ -33,6 +34,7 @@ from loquetier.training.ending import (
 )
 from loquetier.training.job import EvalResult, EvalTask, FinetuneJob, JobImage, JobStatus, StepRecord
 from loquetier.training.optimizer import AdapterOptimizer
+from loquetier.training.states import resumed
 
 log = logging.getLogger("loquetier.jobs")
 
@@ -43,6 +45,7 @@ class Jobs:
 
     trainer: Trainer
     registry: AdapterRegistry
+    admission: Admission
     fail_point: FailPoint = no_fail_point
     publishes: int = 0
     publish_seconds: float = 0.0
@@ -57,6 +60,8 @@ class Jobs:
     _listeners: dict[int, JobListener] = field(default_factory=dict)
     _unpublished: set[int] = field(default_factory=set)
     """Jobs whose newest weights found no room to be published."""
+    _waiting: dict[int, FinetuneJob] = field(default_factory=dict)
+    """Jobs without memory, by id: being validated, queued, or paused before they had any."""
 
     def after_backward(self) -> None:
         """Hand out finished evaluations; step, publish and end the jobs whose accumulation is complete."""
@@ -102,6 +107,8 @@ class Jobs:
 
     def close(self, error: LoquetierError) -> None:
         """End everything with `error`."""
+        for job in list(self._waiting.values()):
+            self._end(job, JobStatus.FAILED, error)
         everything = [TrainItem(i, 0, 0, -1) for i in (*self.trainer.jobs, *self.trainer.evaluations)]
         self.fail(everything, error)
 
@@ -114,71 +121,191 @@ class Jobs:
         eval_examples: tuple[Example, ...],
         listener: JobListener,
         start_from: str | None = None,
+        *,
+        saves: bool = False,
     ) -> FinetuneJob:
-        """Begin training; the job's rows join the very next step.
+        """Queue a job, and begin it at once if there is memory: then its rows join the very next step.
 
         Args:
             name: the name that its published versions answer under; an adapter of this name is replaced by the first.
             start_from: continue from this served version's weights instead of fresh ones; its spec must have the
-                same modules and ranks.
+                same modules and ranks. The version stays in memory until the job has begun.
+            saves: copies of it will be made for checkpoints.
 
         Raises:
-            AdapterMismatchError, AdapterNotFoundError, ConfigError, DataError, OutOfAdapterMemoryError: nothing has
-                changed.
+            AdapterMismatchError, AdapterNotFoundError, ConfigError, DataError, OutOfAdapterMemoryError,
+            OutOfTrainMemoryError: nothing has changed.
         """
         self._check_trainable(name)
-        check_examples(examples, self.trainer.base.vocab_size)
-        check_evaluation(config, len(eval_examples))
-        if eval_examples:
-            check_examples(eval_examples, self.trainer.base.vocab_size)
-        modules = resolve_modules(spec, self.trainer.base.targets)
-        slot = self._fresh_slot(modules, config.seed) if start_from is None else self._copied_slot(modules, start_from)
-        with self._freed_on_error(slot):
-            optimizer = AdapterOptimizer(self.trainer.arena.flat(slot), modules, config)
-            job = FinetuneJob(next(self._ids), name, spec, config, examples, eval_examples, slot, optimizer)
-        return self._enter(job, listener)
-
-    @contextmanager
-    def _freed_on_error(self, slot: int) -> Iterator[None]:
-        """Whatever goes wrong while a job is made (no memory for its moments, say), its slot is given back."""
-        try:
-            yield
-        except BaseException:
-            self.trainer.arena.free(slot)
-            raise
-
-    def _enter(self, job: FinetuneJob, listener: JobListener) -> FinetuneJob:
-        self.trainer.jobs[job.job_id] = job
-        self._listeners[job.job_id] = listener
+        self.check_data(config, examples, eval_examples)
+        job = FinetuneJob(next(self._ids), name, spec, config)
+        self._queue_up(job, self._prepared(job, examples, eval_examples, saves, start_from=start_from), listener)
         return job
 
+    def reserve(self, name: str, spec: LoraSpec, config: TrainingConfig, listener: JobListener) -> FinetuneJob:
+        """A job whose data is still being read: `supply` or `refuse` it later. Raises as `start`."""
+        self._check_trainable(name)
+        resolve_modules(spec, self.trainer.base.targets)
+        job = FinetuneJob(next(self._ids), name, spec, config)
+        self._waiting[job.job_id], self._listeners[job.job_id] = job, listener
+        listener(job, None)
+        return job
+
+    def supply(
+        self,
+        job: FinetuneJob,
+        examples: tuple[Example, ...],
+        eval_examples: tuple[Example, ...],
+        listener: JobListener,
+        *,
+        start_from: str | None = None,
+        image: JobImage | None = None,
+        served: tuple[Tensor, int] | None = None,
+        saves: bool = False,
+    ) -> None:
+        """The data of a reserved job, which `check_data` has passed; it queues, unless it was paused or has ended.
+
+        Raises:
+            As `start`; the job is as it was.
+        """
+        if not job.status.is_final:
+            ticket = self._prepared(job, examples, eval_examples, saves, start_from=start_from, image=image)
+            self._queue_up(job, replace(ticket, catches_up=image is not None, served=served), listener)
+
+    def refuse(self, job: FinetuneJob, error: LoquetierError) -> None:
+        """A reserved job cannot run."""
+        if not job.status.is_final:
+            self._end(job, JobStatus.FAILED, error)
+
     def restore(self, image: JobImage, listener: JobListener) -> FinetuneJob:
-        """Go on with a job that was taken out of another engine of the same base. Errors as `start`."""
-        self._check_trainable(image.name)
-        modules = resolve_modules(image.spec, self.trainer.base.targets)
-        slot = self._allocate_for_training(modules)
-        with self._freed_on_error(slot):
-            optimizer = AdapterOptimizer(self.trainer.arena.flat(slot), modules, image.config)
-            job = FinetuneJob(
-                next(self._ids),
-                image.name,
-                image.spec,
-                image.config,
-                image.examples,
-                image.eval_examples,
-                slot,
-                optimizer,
-            )
-            job.restore(image)
-        return self._enter(job, listener)
+        """Go on with a job that was taken out of another engine of the same base, when there is memory.
+
+        Errors as `start`.
+        """
+        job = self._from_image(image, listener, saves=False, catches_up=False)
+        if image.status is JobStatus.PAUSED and not job.status.is_final:
+            self.set_status(job, JobStatus.PAUSED)
+        return job
 
     def resume(self, image: JobImage, listener: JobListener, served: tuple[Tensor, int] | None = None) -> FinetuneJob:
-        """`restore` a checkpoint and run it, and make up for what its last step may still owe.
+        """Go on with a checkpoint, and make up for what its last step may still owe.
 
         That is: its publish (nothing is served after a restart), its evaluation, the job's end. `served`: weights of
         an earlier step that were served, and that step. Errors as `start`.
         """
-        job = self.restore(replace(image, status=JobStatus.RUNNING), listener)
+        return self._from_image(image, listener, saves=True, catches_up=True, served=served)
+
+    def _from_image(
+        self,
+        image: JobImage,
+        listener: JobListener,
+        *,
+        saves: bool,
+        catches_up: bool,
+        served: tuple[Tensor, int] | None = None,
+    ) -> FinetuneJob:
+        self._check_trainable(image.name)
+        job = FinetuneJob(next(self._ids), image.name, image.spec, image.config)
+        ticket = self._prepared(job, image.examples, image.eval_examples, saves, image=image)
+        self._queue_up(job, replace(ticket, catches_up=catches_up, served=served), listener)
+        return job
+
+    def check_data(
+        self, config: TrainingConfig, examples: tuple[Example, ...], eval_examples: tuple[Example, ...]
+    ) -> None:
+        """Refuse data that cannot be trained on; on any thread. Raises ConfigError, DataError."""
+        check_examples(examples, self.trainer.base.vocab_size)
+        check_evaluation(config, len(eval_examples))
+        if eval_examples:
+            check_examples(eval_examples, self.trainer.base.vocab_size)
+
+    def _prepared(
+        self,
+        job: FinetuneJob,
+        examples: tuple[Example, ...],
+        eval_examples: tuple[Example, ...],
+        saves: bool,
+        *,
+        start_from: str | None = None,
+        image: JobImage | None = None,
+    ) -> Ticket:
+        modules = resolve_modules(job.spec, self.trainer.base.targets)
+        source = None
+        if start_from is not None and image is None:
+            self._check_same_layout(start_from, modules)
+            source = self.registry.acquire(start_from)
+        try:
+            needs = self.admission.model.needs(job.config, modules, examples, eval_examples, saves=saves)
+            ticket = Ticket(job=job, modules=modules, needs=needs, source=source, image=image)
+            self.admission.check_possible(ticket)
+        except BaseException:
+            if source is not None:
+                self.registry.release(source)
+            raise
+        job.give_data(examples, eval_examples)
+        if image is not None:
+            job.history = list(image.history)  # known before it has memory: its observers begin with it
+        job.estimate = needs.estimate
+        return ticket
+
+    def _queue_up(self, job: FinetuneJob, ticket: Ticket, listener: JobListener) -> None:
+        self._waiting[job.job_id], self._listeners[job.job_id] = job, listener
+        log.info("job %s needs, by estimate:\n%s", job.name, ticket.needs.estimate.table())
+        if job.status is JobStatus.PAUSED:
+            self.admission.park(ticket)
+            return
+        job.move(JobStatus.QUEUED)
+        self.admission.enter(ticket)
+        listener(job, None)
+        self.admit()
+        if job.status is JobStatus.QUEUED:
+            log.info("job %s is queued at place %s: %s", job.name, job.position, job.reason)
+        elif job.status is JobStatus.FAILED and job.error is not None:
+            raise job.error
+
+    def admit(self) -> None:
+        """Begin the first of the queue while there is memory for it. O(1) when none came back since the last look."""
+        while (taken := self.admission.take()) is not None:
+            self._begin(*taken)
+
+    def _begin(self, ticket: Ticket, slot: int) -> None:
+        job = ticket.job
+        try:
+            self._fill(ticket, slot)
+        except Exception as error:
+            # Whatever went wrong (no memory for its moments, say): it is this job's trouble alone.
+            log.exception("job %s could not begin", job.name)
+            self.trainer.arena.free(slot)
+            self.admission.release(job)
+            typed = error if isinstance(error, LoquetierError) else EngineError(f"{type(error).__name__}: {error}")
+            self._end(job, JobStatus.FAILED, typed)
+            return
+        finally:
+            if ticket.source is not None:
+                self.registry.release(ticket.source)
+        del self._waiting[job.job_id]
+        self.trainer.jobs[job.job_id] = job
+        job.move(JobStatus.RUNNING)
+        self._listeners[job.job_id](job, None)
+        if ticket.catches_up:
+            self._catch_up(job, ticket.served)
+        if holds.obey(job):
+            self._listeners[job.job_id](job, None)
+
+    def _fill(self, ticket: Ticket, slot: int) -> None:
+        """The job's first weights, and its optimizer."""
+        job, arena = ticket.job, self.trainer.arena
+        if ticket.source is not None:
+            arena.flat(slot).copy_(arena.flat(ticket.source.slot))
+        elif ticket.image is None:
+            initialize_slot(arena.factors[slot], ticket.modules, job.config.seed)
+        optimizer = AdapterOptimizer(arena.flat(slot), ticket.modules, job.config)
+        job.give_memory(slot, optimizer)
+        if ticket.image is not None:
+            job.restore(ticket.image)
+
+    def _catch_up(self, job: FinetuneJob, served: tuple[Tensor, int] | None) -> None:
+        """What the last step of a resumed job may still owe."""
         if served is not None:
             self.publish_weights(job, *served)
         # What the checkpoint holds is what publish="checkpoint" served last.
@@ -186,45 +313,11 @@ class Jobs:
             self._publish_if_room(job)
         if job.num_steps and job.is_eval_due and job.history[-1].evaluation is None:
             self._evaluate_in_training(job)
-        else:
-            job.reason = reason_to_stop(job.history, job.config)  # patience may have ended it before the break
-            if job.reason is not None or job.num_steps == job.total_steps:
-                self._end(job, JobStatus.SUCCEEDED)
+            return
+        reason = reason_to_stop(job.history, job.config)  # patience may have ended it before the break
+        if reason is not None or job.num_steps == job.total_steps:
+            self._end(job, JobStatus.SUCCEEDED, reason=reason)
         self._release()
-        return job
-
-    def _fresh_slot(self, modules: tuple[ModulePlan, ...], seed: int) -> int:
-        slot = self._allocate_for_training(modules)
-        with self._freed_on_error(slot):
-            initialize_slot(self.trainer.arena.factors[slot], modules, seed)
-        return slot
-
-    def _copied_slot(self, modules: tuple[ModulePlan, ...], model: str) -> int:
-        source = self._same_layout(model, modules)
-        # In use while it is copied: making room may give up versions that are only kept.
-        version = self.registry.acquire(model)
-        try:
-            slot = self._allocate_for_training(modules)
-            with self._freed_on_error(slot):
-                self.trainer.arena.flat(slot).copy_(self.trainer.arena.flat(source))
-        finally:
-            self.registry.release(version)
-        return slot
-
-    def _allocate_for_training(self, modules: tuple[ModulePlan, ...]) -> int:
-        """A slot to train in, if there is room for the first publish beside it."""
-        arena = self.trainer.arena
-        slot = arena.allocate(modules)
-        while arena.free_bytes < arena.slot_bytes(slot) and arena.reclaim():
-            pass
-        if arena.free_bytes < arena.slot_bytes(slot):
-            needed, free = 2 * arena.slot_bytes(slot), arena.free_bytes + arena.slot_bytes(slot)
-            arena.free(slot)
-            raise OutOfAdapterMemoryError(
-                f"training needs {needed} bytes, one slot to train in and one to publish to; the arena has {free} of "
-                f"{arena.total_bytes} bytes free. Unload an adapter or raise adapter_memory."
-            )
-        return slot
 
     def _check_trainable(self, name: str) -> None:
         check_name(name)
@@ -235,9 +328,10 @@ class Jobs:
 
     def find(self, name: str) -> FinetuneJob | None:
         """The job that trains `name` and has not ended, if any."""
-        return next((j for j in self.trainer.jobs.values() if j.name == name and not j.status.is_final), None)
+        jobs = (*self.trainer.jobs.values(), *self._waiting.values())
+        return next((j for j in jobs if j.name == name and not j.status.is_final), None)
 
-    def _same_layout(self, model: str, modules: tuple[ModulePlan, ...]) -> int:
+    def _check_same_layout(self, model: str, modules: tuple[ModulePlan, ...]) -> None:
         slot = self.registry.resolve(model).slot
         held = self.trainer.arena.modules(slot) if slot >= 0 else ()
         if held != modules:
@@ -246,15 +340,37 @@ class Jobs:
                 f"weights) differ from the job's ({len(modules)} modules, {num_elements(modules)} weights); "
                 "use the same LoraSpec"
             )
-        return slot
 
-    def set_status(self, job: FinetuneJob, status: JobStatus) -> None:
-        """Pause, resume, cancel or detach; takes effect with the next step. Raises JobStateError."""
+    def set_status(self, job: FinetuneJob, status: JobStatus, reason: str | None = None) -> None:
+        """Pause, resume (to RUNNING), cancel or detach; takes effect with the next step. Raises JobStateError."""
         if status.is_final:
-            self._end(job, status)
+            self._end(job, status, reason=reason)
             self._release()
-        else:
-            job.move(status)
+            return
+        before = job.status
+        if holds.keep_paused(job, status):
+            if holds.hand_over(job, status, reason):
+                self._listeners[job.job_id](job, None)
+            return
+        if status is JobStatus.RUNNING and before is JobStatus.PAUSED:
+            status = resumed(has_data=bool(job.examples), has_memory=job.has_memory)
+        elif status is JobStatus.RUNNING:
+            raise JobStateError(f"job {job.name!r} is {before.value} and cannot become running: it was not paused")
+        job.move(status, reason)
+        if before is JobStatus.QUEUED:
+            self.admission.pause(job)
+        elif status is JobStatus.QUEUED:
+            self.admission.resume(job)
+        self._listeners[job.job_id](job, None)
+
+    def hold(self, job: FinetuneJob, key: str, reason: str) -> None:
+        """Pause a job that cannot go on until `release_hold`, whatever its owner says meanwhile."""
+        if holds.add(job, key, reason):
+            self._listeners[job.job_id](job, None)
+
+    def release_hold(self, job: FinetuneJob, key: str) -> None:
+        """What `hold` told of is over: the job goes on, unless its owner has paused it or another hold stands."""
+        if holds.drop(job, key):
             self._listeners[job.job_id](job, None)
 
     def evaluate(
@@ -309,11 +425,11 @@ class Jobs:
         if unusable is not None:
             self._end(job, JobStatus.FAILED, unusable)
             return
-        job.reason = reason_to_stop(job.history, job.config)
-        if job.reason is not None and job.config.publish != "best" and not job.is_published_now:
+        reason = reason_to_stop(job.history, job.config)
+        if reason is not None and job.config.publish != "best" and not job.is_published_now:
             self._publish_if_room(job)  # this turned out to be the last step
-        if job.reason is not None or job.num_steps == job.total_steps:
-            self._end(job, JobStatus.SUCCEEDED)
+        if reason is not None or job.num_steps == job.total_steps:
+            self._end(job, JobStatus.SUCCEEDED, reason=reason)
 
     def publish_weights(self, job: FinetuneJob, weights: Tensor, step: int) -> bool:
         """Serve weights of an earlier step of a job that has not ended: those of a checkpoint.
@@ -344,17 +460,23 @@ class Jobs:
         job.versions[job.num_steps if step is None else step] = version.number
         if weights is None:
             self._unpublished.discard(job.job_id)
+        self.admission.published(job)
         seconds = time.perf_counter() - started
         self.publishes += 1
         self.publish_seconds += seconds
         self.longest_publish = max(self.longest_publish, seconds)
         self.publish_bytes += self.trainer.arena.slot_bytes(slot)
 
-    def _end(self, job: FinetuneJob, status: JobStatus, error: LoquetierError | None = None) -> None:
+    def _end(
+        self, job: FinetuneJob, status: JobStatus, error: LoquetierError | None = None, reason: str | None = None
+    ) -> None:
         self.fail_point("job.before_end")
-        job.move(status)
+        job.move(status, reason)
         job.error = error
         self._listeners[job.job_id](job, None)
+        if job.job_id in self._waiting:
+            self.admission.forget(job)
+            del self._waiting[job.job_id], self._listeners[job.job_id]
 
     def _release(self) -> None:
         """Give back the slots of ended jobs that no open tape and no evaluation still reads."""
@@ -370,3 +492,5 @@ class Jobs:
             else:
                 self.trainer.arena.free(job.slot)
             self._unpublished.discard(job.job_id)
+            self.admission.release(job)
+            job.drop_memory()

@@ -12,7 +12,7 @@ from torch import Tensor
 from loquetier.adapters.spec import LoraSpec, resolve_modules
 from loquetier.engine.engine import Engine
 from loquetier.engine.trainer import JobListener
-from loquetier.errors import AdapterInUseError, AdapterMismatchError, AdapterNotFoundError
+from loquetier.errors import AdapterInUseError, AdapterMismatchError, AdapterNotFoundError, JobStateError
 from loquetier.training.job import FinetuneJob, JobImage, JobStatus
 
 
@@ -36,12 +36,15 @@ def detach(engine: Engine, name: str) -> AdapterImage:
 
     Raises:
         AdapterNotFoundError: neither served nor in training. AdapterInUseError: its job has rows between forward and
-        backward, or an evaluation running; pause it and try again after the next steps. Nothing changed.
+        backward, or an evaluation running; pause it and try again after the next steps. JobStateError: its job has not
+        begun. Nothing changed.
     """
     job = engine.jobs.find(name)
     is_served = name in engine.registry.names
     if job is None and not is_served:
         raise AdapterNotFoundError(f"no adapter {name[:140]!r} is loaded or in training")
+    if job is not None and not job.has_memory:
+        raise JobStateError(f"job {name!r} is {job.status.value} and has not begun; cancel it and start it elsewhere")
     if job is not None and (job.has_open_rows or job.evaluation is not None):
         raise AdapterInUseError(f"job {name!r} is in the middle of a step; pause it and wait for the step's end")
     factors = engine.adapters.factors(name)[2] if is_served else None

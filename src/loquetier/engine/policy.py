@@ -31,12 +31,13 @@ class TrainLimits:
     open_tape_rows: int = 0
     """Rows that a unit of the open tape costs (`unit_rows`); 0 = none is open, or unknown (then units follow the
     fixed limit)."""
-    graph_row_bytes: int = 0
-    """Bytes that a graph tape keeps per TRAIN row; 0 = unknown, memory does not decide."""
     open_forward: tuple[TrainItem, ...] = ()
     """Rows of the open replay tape whose forward is still to come, in row order. Its units wait for them."""
     can_replay: bool = True
     """False for a base that the replay tape cannot run: everything goes on graph tapes, in one step's forward."""
+    graph_bytes: Callable[[int], int] | None = None
+    """Bytes of `train_memory` that training takes with a graph tape of so many TRAIN rows, the jobs' state included;
+    None = unknown, memory does not decide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +263,8 @@ def tape_for(rows: int, room: StepRoom, limits: TrainLimits) -> TapeKind:
         return config.tape
     if not limits.can_replay:
         return "graph"
-    if config.train_memory is not None and rows * limits.graph_row_bytes > config.train_memory:
+    limit = config.train_memory
+    if limit is not None and limits.graph_bytes is not None and limits.graph_bytes(rows) > limit:
         return "replay"
     if room.budget is None or rows <= config.train_window:
         return "graph"

@@ -122,6 +122,7 @@ class MethodObserver:
         self._num_examples = 1
         self._is_epoch_open = False
         self._seconds, self._losses = 0.0, list[float]()
+        self._has_begun = False
 
     def begin(self, start: JobStart) -> None:
         """See `JobObserver`."""
@@ -137,6 +138,7 @@ class MethodObserver:
             if record.evaluation is not None:
                 self._note_best(record, record.evaluation)
         self._call("on_init_end")
+        self._has_begun = True
         self._call("on_train_begin")
         if len(start.history) < start.total_steps and not start.is_evaluation_due:
             self._begin_step()
@@ -154,8 +156,8 @@ class MethodObserver:
             step = event.record.step
             at = replace(self._state, global_step=step, epoch=step / self._steps_per_epoch)
             self._call("on_save", replace(at, last_checkpoint=str(event.checkpoint)))
-        elif event.kind == "status" and event.status.is_final:
-            self._end()
+        elif event.kind == "status" and event.status.is_final and self._has_begun:
+            self._end()  # it may also end while its data is being validated
 
     def close(self) -> None:
         """See `JobObserver`."""

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
-from loquetier.adapters.durable import fsync_directory, write_file
+from loquetier.adapters.durable import append_durably, fsync_directory, write_file
 from loquetier.errors import ConfigError
 from loquetier.failpoints import FailPoint, no_fail_point
 from loquetier.reporting.events import JobEvent, JobStart
 from loquetier.reporting.lines import as_json, continued_lines, event_fields, lines_of
+from loquetier.storage import RunWrite, at_once
 from loquetier.training.job import StepRecord
 
 METRICS_FILE, RESULTS_FILE = "metrics.jsonl", "results.csv"
@@ -30,13 +30,20 @@ class JobFiles:
         directory: made with its parents when missing.
         resumed_job: the name of a job that may go on from a checkpoint: files that it left are taken up. They are then
             made anew from its history, so that each step is there once, whatever a kill cut off or left too much.
+        run_write: runs each write, and decides what becomes of one for which the disk has no room.
 
     Raises:
         ConfigError: the directory cannot be made or written, or holds files of another run. Nothing is left behind.
     """
 
-    def __init__(self, directory: Path, resumed_job: str | None = None, fail_point: FailPoint = no_fail_point) -> None:
-        self.directory, self._fail_point = directory, fail_point
+    def __init__(
+        self,
+        directory: Path,
+        resumed_job: str | None = None,
+        fail_point: FailPoint = no_fail_point,
+        run_write: RunWrite = at_once,
+    ) -> None:
+        self.directory, self._fail_point, self._run_write = directory, fail_point, run_write
         self._open: list[IO[str]] = []
         self._made: list[Path] = []
         self._kept_lines: list[str] = []
@@ -51,17 +58,16 @@ class JobFiles:
                 is_taken_up = resumed_job is not None and path.exists()
                 self._open.append(path.open("a" if is_taken_up else "x", encoding="utf-8", newline=""))
                 self._made += [] if is_taken_up else [path]
+            self._metrics, self._results = self._open
+            if resumed_job is None:
+                append_durably(self._results.fileno(), _row(HEADER))
         except OSError as error:
             self.remove()
             raise ConfigError(
                 f"output_dir={str(directory)!r}: {error.strerror} ({error.filename!r}); give a new or empty directory"
             ) from error
-        self._metrics, self._results = self._open
-        self._rows = csv.writer(self._results, lineterminator="\n")
         self._waiting: StepRecord | None = None
         """A step whose row waits for the evaluation of the same step."""
-        if resumed_job is None:
-            self._rows.writerow(HEADER)
         self._is_taken_up = resumed_job is not None
 
     def remove(self) -> None:
@@ -91,13 +97,15 @@ class JobFiles:
         lines = continued_lines(self._kept_lines, start.job_name, start.history)
         lines = [*lines, begin] if self._kept_lines else [begin, *lines]
         rows = [HEADER, *(_cells(record) for record in done)]
-        _replace(self.directory / METRICS_FILE, (line + "\n" for line in lines))
+        self._replace(METRICS_FILE, "".join(line + "\n" for line in lines))
         self._fail_point("files.before_replace")
-        _replace(self.directory / RESULTS_FILE, (",".join(row) + "\n" for row in rows))
+        self._replace(RESULTS_FILE, "".join(",".join(row) + "\n" for row in rows))
         for name, place in ((METRICS_FILE, 0), (RESULTS_FILE, 1)):
             self._open[place] = (self.directory / name).open("a", encoding="utf-8", newline="")
         self._metrics, self._results = self._open
-        self._rows = csv.writer(self._results, lineterminator="\n")
+
+    def _replace(self, name: str, text: str) -> None:
+        self._run_write(lambda: _replace(self.directory / name, [text]), len(text.encode("utf-8")))
 
     def event(self, event: JobEvent) -> None:
         """See `JobObserver`."""
@@ -112,8 +120,10 @@ class JobFiles:
             file.close()
 
     def _write_line(self, fields: dict[str, Any]) -> None:
-        self._metrics.write(as_json(fields) + "\n")
-        _to_disk(self._metrics)
+        self._append(self._metrics, (as_json(fields) + "\n").encode("utf-8"))
+
+    def _append(self, file: IO[str], data: bytes) -> None:
+        self._run_write(lambda: append_durably(file.fileno(), data), len(data))
 
     def _write_row(self, event: JobEvent) -> None:
         if event.kind == "step" and event.is_evaluation_due:
@@ -125,8 +135,7 @@ class JobFiles:
         if record is None:
             return
         self._waiting = None
-        self._rows.writerow(_cells(record))
-        _to_disk(self._results)
+        self._append(self._results, _row(_cells(record)))
         self._fail_point("files.after_row")
 
 
@@ -139,6 +148,10 @@ def _check_header(path: Path) -> None:
         found = file.read(len(header))
     if not header.startswith(found):  # shorter: killed before the first row
         raise ConfigError(f"output_dir: {str(path)!r} is not a job's table; give the directory of the job that resumes")
+
+
+def _row(cells: Sequence[str]) -> bytes:
+    return (",".join(cells) + "\n").encode("utf-8")
 
 
 def _cells(record: StepRecord) -> list[str]:
@@ -163,8 +176,3 @@ def _replace(path: Path, lines: Iterable[str]) -> None:
     write_file(new, (line.encode() for line in lines))
     os.replace(new, path)
     fsync_directory(path.parent)
-
-
-def _to_disk(file: IO[str]) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -125,6 +125,11 @@ def write_checkpoint(
         raise
 
 
+def checkpoint_bytes(modules: tuple[ModulePlan, ...], num_steps: int) -> int:
+    """Bytes on the disk, at most, of one checkpoint after so many steps: weights, gradient, two moments, history."""
+    return 4 * 4 * num_elements(modules) + 512 * (num_steps + len(modules)) + (1 << 16)
+
+
 def environment() -> dict[str, Any]:
     """What a bit-exact resume must not change: versions, machine type, threads."""
     return {

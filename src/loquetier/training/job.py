@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import math
 import time
 from collections.abc import Iterator
@@ -13,26 +12,15 @@ from torch import Tensor
 from loquetier.adapters.spec import LoraSpec
 from loquetier.config import TrainingConfig
 from loquetier.engine.rows import TrainItem
-from loquetier.errors import JobStateError, LoquetierError
+from loquetier.errors import LoquetierError
 from loquetier.training.data import Example, batches
+from loquetier.training.memory import MemoryEstimate
 from loquetier.training.optimizer import AdapterOptimizer, learning_rate
+from loquetier.training.states import JobStatus as JobStatus
+from loquetier.training.states import check_transition
 
-
-class JobStatus(enum.Enum):
-    """States of a job; all but the first two are final."""
-
-    RUNNING = "running"
-    PAUSED = "paused"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-    DETACHED = "detached"
-    """Taken out with its whole state, to go on in another runtime."""
-
-    @property
-    def is_final(self) -> bool:
-        """True when the job will never run again."""
-        return self not in (JobStatus.RUNNING, JobStatus.PAUSED)
+NO_SLOT = -1
+"""Of a job that has no memory yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,29 +150,36 @@ class FinetuneJob:
         name: str,
         spec: LoraSpec,
         config: TrainingConfig,
-        examples: tuple[Example, ...],
-        eval_examples: tuple[Example, ...],
-        slot: int,
-        optimizer: AdapterOptimizer,
+        examples: tuple[Example, ...] = (),
+        eval_examples: tuple[Example, ...] = (),
+        slot: int = NO_SLOT,
+        optimizer: AdapterOptimizer | None = None,
     ) -> None:
+        """Without examples it is being validated, without an optimizer it is queued."""
         self.job_id, self.name, self.spec, self.config = job_id, name, spec, config
-        self.examples, self.eval_examples = examples, eval_examples
-        self.slot, self.optimizer = slot, optimizer
-        self.status = JobStatus.RUNNING
+        self.status = JobStatus.VALIDATING_FILES
         self.error: LoquetierError | None = None
         self.reason: str | None = None
-        """Why it ended before its last step, when it neither failed nor was told to."""
+        """Why it is in this state, where the state does not say it: what it waits for, why it was paused or ended."""
+        self.position: int | None = None
+        """1-based place in the queue; None when it is not queued."""
+        self.estimate: MemoryEstimate | None = None
+        """What it will need, known when it is queued."""
+        self.holds: dict[str, str] = {}
+        """Why it cannot go on for now, by who found out; a full disk, say."""
+        self.is_held = False
+        """Paused by a hold, and not by its owner: it goes on by itself."""
         self.history: list[StepRecord] = []
         self.versions: dict[int, int] = {}
         """Number of the version under which the weights of a step were published last, in this process."""
         self.evaluation: EvalTask | None = None
         """Running evaluation on the training slot; no training rows are offered meanwhile."""
-        per_step = config.batch_size * config.gradient_accumulation_steps
-        steps_per_epoch = math.ceil(len(examples) / per_step)
-        self.total_steps = config.max_steps or config.num_epochs * steps_per_epoch
-        self._batches: Iterator[list[int]] = batches(
-            len(examples), per_step, seed=config.seed, shuffle=config.shuffle, epochs=None
-        )
+        self.slot, self._optimizer = slot, optimizer
+        self.examples: tuple[Example, ...] = ()
+        self.eval_examples: tuple[Example, ...] = ()
+        self.total_steps = 0
+        """Optimizer steps it will make; 0 while its data is not known."""
+        self._batches: Iterator[list[int]] = iter(())
         self._num_draws = 0
         self._todo: list[TrainItem] = []
         self._num_open = 0
@@ -193,6 +188,39 @@ class FinetuneJob:
         self._step_rows = 0
         self._sums = LossSum()
         self._started = 0.0
+        if examples:
+            self.give_data(examples, eval_examples)
+            self.status = JobStatus.QUEUED if optimizer is None else JobStatus.RUNNING
+
+    def give_data(self, examples: tuple[Example, ...], eval_examples: tuple[Example, ...]) -> None:
+        """What it trains and is evaluated on; once."""
+        assert examples and not self.examples
+        self.examples, self.eval_examples = examples, eval_examples
+        config = self.config
+        per_step = config.batch_size * config.gradient_accumulation_steps
+        self.total_steps = config.max_steps or config.num_epochs * math.ceil(len(examples) / per_step)
+        self._batches = batches(len(examples), per_step, seed=config.seed, shuffle=config.shuffle, epochs=None)
+
+    def give_memory(self, slot: int, optimizer: AdapterOptimizer) -> None:
+        """Where its weights and their optimizer live; once."""
+        assert self._optimizer is None
+        self.slot, self._optimizer = slot, optimizer
+
+    def drop_memory(self) -> None:
+        """It has ended: gradient and moments are nobody's any more, whoever still holds the job."""
+        assert self.status.is_final
+        self._optimizer = None
+
+    @property
+    def has_memory(self) -> bool:
+        """It has a slot and an optimizer."""
+        return self._optimizer is not None
+
+    @property
+    def optimizer(self) -> AdapterOptimizer:
+        """Its master weights, gradient and moments, while it has memory."""
+        assert self._optimizer is not None
+        return self._optimizer
 
     @property
     def num_steps(self) -> int:
@@ -332,8 +360,8 @@ class FinetuneJob:
         )
 
     def restore(self, image: JobImage) -> None:
-        """Go on from an image of a job with the same data and layout, bit for bit."""
-        self.status, self.history = image.status, list(image.history)
+        """Go on from an image of a job with the same data and layout, bit for bit; not in its state."""
+        self.history = list(image.history)
         for _ in range(image.num_draws):
             next(self._batches)
         self._num_draws = image.num_draws
@@ -350,17 +378,11 @@ class FinetuneJob:
         """Put an evaluation's result into the record of the step it was made after."""
         self.history[-1] = replace(self.history[-1], evaluation=result)
 
-    def move(self, to: JobStatus) -> None:
-        """Change state.
+    def move(self, to: JobStatus, reason: str | None = None) -> None:
+        """Change state; the reason of the state before goes with it.
 
         Raises:
             JobStateError: not from the present state; nothing changed.
         """
-        allowed = {
-            JobStatus.RUNNING: set(JobStatus) - {JobStatus.RUNNING},
-            # SUCCEEDED: its last step, or the evaluation after it, was already under way when it was paused.
-            JobStatus.PAUSED: set(JobStatus) - {JobStatus.PAUSED},
-        }.get(self.status, set())
-        if to not in allowed:
-            raise JobStateError(f"job {self.name!r} is {self.status.value} and cannot become {to.value}")
-        self.status = to
+        check_transition(self.name, self.status, to)
+        self.status, self.reason = to, reason

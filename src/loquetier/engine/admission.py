@@ -1,0 +1,231 @@
+"""Which jobs have memory and which wait for it. Engine thread only.
+
+Jobs wait in the order they came, and only the first is looked at: none overtakes it, so none starves. A job that runs
+never waits for memory, and one that waits holds none, so nothing can wait in a circle; adapters may be loaded and
+unloaded meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from loquetier.adapters.registry import AdapterRegistry, AdapterVersion
+from loquetier.adapters.spec import ModulePlan
+from loquetier.base.model import Base
+from loquetier.config import EngineConfig
+from loquetier.engine.trainer import Trainer
+from loquetier.errors import IntegrityError, OutOfAdapterMemoryError, OutOfTrainMemoryError
+from loquetier.training.job import FinetuneJob, JobImage
+from loquetier.training.memory import MemoryModel, MemoryNeeds
+
+ITS_TURN = "waits for its turn"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ticket:
+    """A job that is ready to run but for its memory."""
+
+    job: FinetuneJob
+    modules: tuple[ModulePlan, ...]
+    needs: MemoryNeeds
+    source: AdapterVersion | None = None
+    """It continues from this version, which stays resident until it has."""
+    image: JobImage | None = None
+    """It goes on from this state."""
+    catches_up: bool = False
+    """The state is a checkpoint's: what its last step still owes is made up for."""
+    served: tuple[Tensor, int] | None = None
+    """With a checkpoint: weights of an earlier step that were served, and that step."""
+
+
+@dataclass(slots=True)
+class Admission:
+    """The queue, what the running jobs take, and what is left."""
+
+    trainer: Trainer
+    registry: AdapterRegistry
+    model: MemoryModel
+    """What training takes on this base with these settings."""
+    _queue: list[Ticket] = field(default_factory=list)
+    _parked: dict[int, Ticket] = field(default_factory=dict)
+    """Paused before they had memory."""
+    _admitted: dict[int, MemoryNeeds] = field(default_factory=dict)
+    _unpublished: set[int] = field(default_factory=set)
+    """Admitted jobs whose first version has no slot yet."""
+    _state_bytes: int = 0
+    _frees_seen: int = 0
+    _has_news: bool = False
+
+    @property
+    def may_admit(self) -> bool:
+        """Something changed since the first in the queue was found not to fit."""
+        return bool(self._queue) and (self._has_news or self._frees_seen != self.trainer.arena.num_frees)
+
+    def graph_bytes(self, rows: int) -> int:
+        """What training takes of `train_memory` with a graph tape of so many rows."""
+        needs = self._admitted.values()
+        trained = frozenset[int]().union(*(n.trained for n in needs))
+        return self._state_bytes + self.model.activations("graph", rows, sum(n.labels for n in needs), trained)
+
+    @property
+    def num_pinned(self) -> int:
+        """Uses of adapter versions by jobs that wait to continue from them."""
+        return sum(t.source is not None for t in (*self._queue, *self._parked.values()))
+
+    def check_possible(self, ticket: Ticket) -> None:
+        """Whether the job would fit if it were alone.
+
+        Raises:
+            OutOfAdapterMemoryError, OutOfTrainMemoryError: it would not, with the numbers and the ways out.
+        """
+        arena, estimate = self.trainer.arena, ticket.needs.estimate
+        source = 0 if ticket.source is None else arena.slot_bytes(ticket.source.slot)
+        if estimate.arena + source > arena.total_bytes:
+            raise OutOfAdapterMemoryError(
+                f"job {ticket.job.name!r} needs {estimate.arena + source} bytes of adapter memory (one slot to train "
+                f"in, {estimate.published + estimate.publishing} to publish to, {source} to continue from), more than "
+                f"the arena has when all of it is free: {arena.total_bytes} bytes. Lower r, choose fewer "
+                "target_modules, or raise adapter_memory."
+            )
+        limit = self.model.train_memory
+        if limit is not None and self.model.smallest(ticket.needs) > limit:
+            raise OutOfTrainMemoryError(
+                f"job {ticket.job.name!r} needs {self.model.smallest(ticket.needs)} bytes to train even alone, more "
+                f"than train_memory={limit}: {estimate.state} for its state, the rest for a tape of "
+                f"{estimate.rows} rows (the longest example has {ticket.needs.longest}). Lower "
+                "max_seq_len or r, choose fewer target_modules, or raise train_memory."
+            )
+
+    def enter(self, ticket: Ticket) -> None:
+        """Queue it at its place: that of its arrival, also when it was paused meanwhile."""
+        self._parked.pop(ticket.job.job_id, None)
+        self._queue.append(ticket)
+        self._queue.sort(key=lambda t: t.job.job_id)
+        self._has_news = True
+        self._renumber()
+
+    def park(self, ticket: Ticket) -> None:
+        """Keep it, out of the queue."""
+        self._parked[ticket.job.job_id] = ticket
+
+    def pause(self, job: FinetuneJob) -> None:
+        """A queued job was paused."""
+        ticket = next(t for t in self._queue if t.job is job)
+        self._remove(ticket)
+        self.park(ticket)
+
+    def resume(self, job: FinetuneJob) -> None:
+        """A job that was paused before it had memory queues again."""
+        self.enter(self._parked[job.job_id])
+
+    def forget(self, job: FinetuneJob) -> None:
+        """A job without memory has ended."""
+        parked = self._parked.pop(job.job_id, None)
+        ticket = parked or next((t for t in self._queue if t.job is job), None)
+        if ticket in self._queue:
+            self._remove(ticket)
+        if ticket is not None and ticket.source is not None:
+            self.registry.release(ticket.source)
+
+    def take(self) -> tuple[Ticket, int] | None:
+        """The first of the queue and its new slot, if it fits now; its version to continue from is the caller's."""
+        if not self.may_admit:
+            return None
+        self._has_news, self._frees_seen = False, self.trainer.arena.num_frees
+        ticket = self._queue[0]
+        short = self._shortage(ticket)
+        if short is None:
+            try:
+                slot = self.trainer.arena.allocate(ticket.modules)
+            except OutOfAdapterMemoryError as error:  # enough bytes, but not in one piece
+                short = f"waits for adapter memory: {error}"
+            else:
+                self._remove(ticket)
+                self._admitted[ticket.job.job_id] = ticket.needs
+                self._unpublished.add(ticket.job.job_id)
+                self._state_bytes += ticket.needs.estimate.state
+                return ticket, slot
+        ticket.job.reason = short
+        return None
+
+    def published(self, job: FinetuneJob) -> None:
+        """Its newest version has a slot."""
+        self._unpublished.discard(job.job_id)
+
+    def release(self, job: FinetuneJob) -> None:
+        """A job with memory has given it back."""
+        self._state_bytes -= self._admitted.pop(job.job_id).estimate.state
+        self._unpublished.discard(job.job_id)
+        self._has_news = True
+
+    def _remove(self, ticket: Ticket) -> None:
+        # What comes after it may fit where it did not.
+        self._has_news = True
+        self._queue = [t for t in self._queue if t is not ticket]
+        ticket.job.position = None
+        self._renumber()
+
+    def _renumber(self) -> None:
+        for place, ticket in enumerate(self._queue, 1):
+            ticket.job.position = place
+            if ticket.job.reason is None:
+                ticket.job.reason = ITS_TURN
+
+    def _shortage(self, ticket: Ticket) -> str | None:
+        """What it still waits for; None when it fits."""
+        arena, needs = self.trainer.arena, ticket.needs
+        wanted = needs.estimate.slot + self._reserved((*self._admitted.values(), needs), needs.estimate.published)
+        kept = sum(arena.slot_bytes(v.slot) for v in self.registry.versions if v.is_kept and v.users == 0)
+        if arena.free_bytes + kept < wanted:
+            return (
+                f"waits for adapter memory: with what the jobs before it will publish to, {wanted} bytes are needed, "
+                f"and {arena.free_bytes} of {arena.total_bytes} are free"
+            )
+        while arena.free_bytes < wanted and arena.reclaim():
+            pass
+        limit = self.model.train_memory
+        if limit is None:
+            return None
+        wanted = self.model.smallest(needs, self._admitted.values())
+        if wanted <= limit:
+            return None
+        return (
+            f"waits for training memory: with the jobs that run, {wanted} bytes are needed, and train_memory is {limit}"
+        )
+
+    def _reserved(self, running: Iterable[MemoryNeeds], own: int) -> int:
+        """Bytes that must stay free to publish to: each job's first version, and one more to replace one."""
+        first = own + sum(self._admitted[i].estimate.published for i in self._unpublished)
+        return first + max(needs.estimate.publishing for needs in running)
+
+    def check_integrity(self) -> None:
+        """Every job with memory is counted, and no other. Raises IntegrityError."""
+        held = {i for i, job in self.trainer.jobs.items() if job.has_memory}
+        state = sum(needs.estimate.state for needs in self._admitted.values())
+        if held != self._admitted.keys() or state != self._state_bytes:
+            raise IntegrityError(
+                f"jobs {sorted(held)} have memory, {sorted(self._admitted)} are counted; {state} and "
+                f"{self._state_bytes} bytes"
+            )
+
+
+def memory_model(base: Base, config: EngineConfig, factor_itemsize: int) -> MemoryModel:
+    """What training takes on this base with these settings."""
+    return MemoryModel(
+        layers=base.footprints,
+        hidden=int(base.config.hidden_size),
+        kv=2 * base.kv_heads * base.head_dim,
+        head_dim=base.head_dim,
+        vocab=base.vocab_size,
+        itemsize=base.dtype.itemsize,
+        factor_itemsize=factor_itemsize,
+        layer_of={t.index: t.layer for t in base.targets if t.layer is not None},
+        tape=None if config.tape == "auto" else config.tape,
+        train_memory=config.train_memory,
+        max_train_rows=min(config.max_train_rows, config.max_rows),
+        window=config.train_window,
+        host_is_device=base.device.type == "cpu",
+    )

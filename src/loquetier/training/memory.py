@@ -1,0 +1,221 @@
+"""What training takes, in bytes, before a tensor of it exists: pure functions of shapes, settings and data.
+
+A job's state (its slot, gradient, moments, data) is there as long as it runs; one tape is open at a time, so of the
+activations of all jobs only the largest tape counts. Compared with measured peaks in ``tests/parity/test_memory.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from loquetier.adapters.arena import num_elements, slot_elements
+from loquetier.adapters.spec import ModulePlan
+from loquetier.base.footprint import LayerFootprint
+from loquetier.config import TrainingConfig
+from loquetier.engine.rows import TapeKind
+from loquetier.training.example import Example
+from loquetier.training.loss import CHUNK_ROWS
+
+_FLOAT = 4
+_TOKEN = 8 + 32 + 8
+"""Bytes of one encoded token: two entries of tuples, and one int of CPython's."""
+_LABEL = 16
+"""Its row and target, as int64."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes of one job that runs alone. Printed before its first step."""
+
+    slot: int
+    """Arena: the weights in training."""
+    published: int
+    """Arena: the version that it serves."""
+    publishing: int
+    """Arena: one more while a new version replaces the one before."""
+    master: int
+    """float32 weights; 0 where the slot itself is float32."""
+    gradient: int
+    moments: int
+    checkpoint: int
+    """Copies on their way to the disk: one being written with its serialized form, and one that waits."""
+    data: int
+    """Encoded examples."""
+    activations: int
+    """Peak of the largest tape."""
+    loss: int
+    """Logits of one chunk and their gradient; part of the peak where the loss is its highest point."""
+    tape: TapeKind
+    """The tape that `activations` counts: the one that the settings name, or "auto" chooses without traffic."""
+    rows: int
+    """TRAIN rows of the largest tape."""
+
+    @property
+    def arena(self) -> int:
+        """Of `adapter_memory`."""
+        return self.slot + self.published + self.publishing
+
+    @property
+    def state(self) -> int:
+        """Of `train_memory`, as long as the job runs or is paused."""
+        return self.master + self.gradient + self.moments + self.checkpoint + self.data
+
+    @property
+    def training(self) -> int:
+        """Of `train_memory`, at the peak."""
+        return self.state + self.activations
+
+    def table(self) -> str:
+        """The numbers, a line each, in MiB."""
+        parts = ("slot", "published", "publishing", "master", "gradient", "moments", "checkpoint", "data")
+        lines = [(name, getattr(self, name)) for name in parts]
+        lines.append((f"activations ({self.tape} tape, {self.rows} rows)", self.activations))
+        lines += [("of adapter_memory", self.arena), ("of train_memory", self.training)]
+        return "\n".join(f"  {name:<42}{size / (1 << 20):>10.2f} MiB" for name, size in lines)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryNeeds:
+    """What of a job decides how much it takes beside others."""
+
+    estimate: MemoryEstimate
+    trained: frozenset[int]
+    """Indices of its modules."""
+    sizes: tuple[int, ...]
+    """Rows of the examples of its largest optimizer step, descending."""
+    labels: int
+    """Labelled rows of that step."""
+
+    @property
+    def longest(self) -> int:
+        """Rows of its longest example."""
+        return self.sizes[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryModel:
+    """The shapes of a base and the settings of an engine."""
+
+    layers: tuple[LayerFootprint, ...]
+    hidden: int
+    kv: int
+    """Floats of K and V of one row and layer together."""
+    head_dim: int
+    vocab: int
+    itemsize: int
+    """Bytes of an activation."""
+    factor_itemsize: int
+    """Bytes of a weight in the arena."""
+    layer_of: dict[int, int]
+    """Module index -> layer; lm_head is in none."""
+    tape: TapeKind | None
+    """None = whichever fits."""
+    train_memory: int | None
+    max_train_rows: int
+    window: int
+    host_is_device: bool
+    """False where data and checkpoints lie in other memory than the tapes."""
+
+    def needs(
+        self,
+        config: TrainingConfig,
+        modules: tuple[ModulePlan, ...],
+        examples: Sequence[Example],
+        eval_examples: Sequence[Example],
+        *,
+        saves: bool,
+    ) -> MemoryNeeds:
+        """A job's needs. `saves`: it makes checkpoints."""
+        per_step = config.batch_size * config.gradient_accumulation_steps
+        by_length = sorted(examples, key=lambda e: -e.num_rows)[:per_step]
+        sizes = tuple(e.num_rows for e in by_length)
+        labels = sum(sorted((e.num_labels for e in examples), reverse=True)[:per_step])
+        trained = frozenset(m.target.index for m in modules)
+        slot = slot_elements(modules) * self.factor_itemsize
+        flat = num_elements(modules) * _FLOAT
+        steps = config.max_steps or config.num_epochs * -(-len(examples) // per_step)
+        replaces = config.publish != "end" and steps > 1
+        every = (*examples, *eval_examples)
+        state = {
+            "master": 0 if self.factor_itemsize == _FLOAT else flat,
+            "gradient": flat,
+            "moments": 2 * flat,
+            # Weights, gradient and two moments twice; the serialized form of all but the weights once.
+            "checkpoint": (8 + 3) * flat if saves and self.host_is_device else 0,
+            "data": sum(len(e.tokens) * _TOKEN + e.num_labels * _LABEL for e in every) * self.host_is_device,
+        }
+        rows = largest_fill(sizes, self.max_train_rows)
+        tape = self.tape or self._auto(rows, labels, trained, sum(state.values()))
+        estimate = MemoryEstimate(
+            slot=slot,
+            published=slot,
+            publishing=slot * replaces,
+            activations=self.activations(tape, rows, labels, trained),
+            loss=self._loss(min(rows, labels)),
+            tape=tape,
+            rows=rows,
+            **state,
+        )
+        return MemoryNeeds(estimate=estimate, trained=trained, sizes=sizes, labels=labels)
+
+    def smallest(self, needs: MemoryNeeds, others: Iterable[MemoryNeeds] = ()) -> int:
+        """Bytes of `train_memory` that this job and the others take together, on the smaller tape if there is a choice.
+
+        Their rows may share one tape.
+        """
+        jobs = (needs, *others)
+        sizes = sorted((size for n in jobs for size in n.sizes), reverse=True)
+        rows, labels = largest_fill(sizes, self.max_train_rows), sum(n.labels for n in jobs)
+        trained = frozenset().union(*(n.trained for n in jobs))
+        kinds: tuple[TapeKind, ...] = ("graph", "replay") if self.tape is None else (self.tape,)
+        least = min(self.activations(kind, rows, labels, trained) for kind in kinds)
+        return sum(n.estimate.state for n in jobs) + least
+
+    def activations(self, tape: TapeKind, rows: int, labels: int, trained: frozenset[int]) -> int:
+        """Peak bytes of one tape with so many TRAIN rows, from its forward to its last unit."""
+        in_layers = [self.layer_of[m] for m in trained if m in self.layer_of]
+        layers = self.layers[min(in_layers, default=len(self.layers)) :]
+        size, hidden_bytes = self.itemsize, self.hidden * self.itemsize
+        once = 2 * self.head_dim * size  # cos and sin
+        graph = [layer.kept(trained) * size for layer in layers]
+        forward = 4 * max(layer.mlp for layer in self.layers) * size  # gate and up, activation, product
+        loss = hidden_bytes * rows + self._loss(min(rows, labels))
+        if tape == "graph":
+            return rows * (sum(graph) + once) + max(rows * (hidden_bytes + self._backward), loss, rows * forward)
+        window = min(self.window, rows)
+        inputs = rows * (len(layers) * (self.hidden + self.kv) * size + once + 2 * hidden_bytes)
+        at_once = min(rows, self.max_train_rows)  # of the forward
+        unit = window * (max(graph, default=0) + self._backward)
+        # K and V of the whole example for its last window's attention, and the float32 gradients of those before.
+        past = self.kv * (rows * size + (rows - window) * _FLOAT)
+        return inputs + max(at_once * forward, loss, rows * hidden_bytes + unit + past)
+
+    @property
+    def _backward(self) -> int:
+        """Bytes per row of a unit's temporaries: of the gated activation, or (float32 factors) of down_proj."""
+        mlp = max(layer.mlp for layer in self.layers)
+        if self.itemsize == _FLOAT:
+            return 4 * mlp * _FLOAT
+        return max(4 * mlp * self.itemsize, mlp * (2 * self.itemsize + 2 * _FLOAT) + self.hidden * _FLOAT)
+
+    def _loss(self, labels: int) -> int:
+        """Bytes of one chunk: its hidden states and their gradient, its logits and theirs."""
+        logits = 2 * _FLOAT if self.itemsize == _FLOAT else 2 * _FLOAT + 2 * self.itemsize
+        return min(CHUNK_ROWS, labels) * (self.vocab * logits + 2 * self.hidden * self.itemsize)
+
+    def _auto(self, rows: int, labels: int, trained: frozenset[int], state: int) -> TapeKind:
+        if self.train_memory is None:
+            return "graph"
+        return "graph" if state + self.activations("graph", rows, labels, trained) <= self.train_memory else "replay"
+
+
+def largest_fill(sizes: Iterable[int], most: int) -> int:
+    """Rows of the largest tape of whole examples (sizes descending): as full as they go, or one that exceeds `most`."""
+    filled = 0
+    for size in sizes:
+        if not filled and size >= most:
+            return size
+        if filled + size <= most:
+            filled += size
+    return filled
