@@ -39,7 +39,6 @@ from loquetier.config import TrainingConfig
 from loquetier.errors import UnsupportedModelError
 from loquetier.training.data import Example
 from loquetier.training.job import FinetuneJob, JobStatus
-from loquetier.training.loss import CHUNK_ROWS
 from loquetier.training.replay import ReplayTape
 
 LONG = TrainingConfig(batch_size=1, max_steps=2, learning_rate=1e-2)

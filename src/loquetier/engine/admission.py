@@ -214,12 +214,14 @@ class Admission:
 
 def memory_model(base: Base, config: EngineConfig, factor_itemsize: int) -> MemoryModel:
     """What training takes on this base with these settings."""
+    is_capped = getattr(base.config, "attn_logit_softcapping", None) is not None
     return MemoryModel(
         layers=base.footprints,
         hidden=int(base.config.hidden_size),
         kv=2 * base.kv_heads * base.head_dim,
         head_dim=base.head_dim,
         vocab=base.vocab_size,
+        score=16 * int(base.config.num_attention_heads) if is_capped else 1,
         itemsize=base.dtype.itemsize,
         factor_itemsize=factor_itemsize,
         layer_of={t.index: t.layer for t in base.targets if t.layer is not None},

@@ -103,6 +103,8 @@ class MemoryModel:
     """Floats of K and V of one row and layer together."""
     head_dim: int
     vocab: int
+    score: int
+    """Bytes of a row and a row that it attends to: soft-capped scores are written out, of others there is the mask."""
     itemsize: int
     """Bytes of an activation."""
     factor_itemsize: int
@@ -152,7 +154,7 @@ class MemoryModel:
             published=slot,
             publishing=slot * replaces,
             activations=self.activations(tape, rows, labels, trained),
-            loss=self._loss(min(rows, labels)),
+            loss=self._loss(min(rows, labels, self.max_train_rows)),
             tape=tape,
             rows=rows,
             **state,
@@ -180,13 +182,17 @@ class MemoryModel:
         once = 2 * self.head_dim * size  # cos and sin
         graph = [layer.kept(trained) * size for layer in layers]
         forward = 4 * max(layer.mlp for layer in self.layers) * size  # gate and up, activation, product
-        loss = hidden_bytes * rows + self._loss(min(rows, labels))
+        at_once = rows if tape == "graph" else min(rows, self.max_train_rows)  # of the forward
+        loss = hidden_bytes * rows + self._loss(min(at_once, labels))
         if tape == "graph":
-            return rows * (sum(graph) + once) + max(rows * (hidden_bytes + self._backward), loss, rows * forward)
+            # Half of what is written for a score is kept: its tanh and its probability.
+            scores = rows * rows * (self.score // 2)
+            kept = rows * (sum(graph) + once) + len(layers) * scores
+            return kept + max(rows * (hidden_bytes + self._backward) + scores // 2, loss, rows * forward)
         window = min(self.window, rows)
         inputs = rows * (len(layers) * (self.hidden + self.kv) * size + once + 2 * hidden_bytes)
-        at_once = min(rows, self.max_train_rows)  # of the forward
-        unit = window * (max(graph, default=0) + self._backward)
+        unit = window * (max(graph, default=0) + self._backward + rows * self.score)
+        forward += rows * self.score // 2
         # K and V of the whole example for its last window's attention, and the float32 gradients of those before.
         past = self.kv * (rows * size + (rows - window) * _FLOAT)
         return inputs + max(at_once * forward, loss, rows * hidden_bytes + unit + past)
