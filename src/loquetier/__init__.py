@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loquetier.adapters.methods.ia3 import IA3Spec as IA3Spec
     from loquetier.adapters.spec import LoraSpec as LoraSpec
     from loquetier.config import EngineConfig as EngineConfig
     from loquetier.config import SamplingParams as SamplingParams
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 
 _HOME_OF = {
     "EngineConfig": "loquetier.config",
+    "IA3Spec": "loquetier.adapters.methods.ia3",
     "LoquetierError": "loquetier.errors",
     "LoraSpec": "loquetier.adapters.spec",
     "Runtime": "loquetier.runtime",
@@ -27,7 +29,16 @@ _HOME_OF = {
     "TrainingConfig": "loquetier.config",
 }
 
-__all__ = ["EngineConfig", "LoquetierError", "LoraSpec", "Runtime", "SamplingParams", "TrainingConfig", "errors"]
+__all__ = [
+    "EngineConfig",
+    "IA3Spec",
+    "LoquetierError",
+    "LoraSpec",
+    "Runtime",
+    "SamplingParams",
+    "TrainingConfig",
+    "errors",
+]
 
 
 def __getattr__(name: str) -> Any:

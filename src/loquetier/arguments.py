@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from loquetier.adapters.spec import AdapterSpec, LoraSpec
 from loquetier.errors import ConfigError, DataError
 from loquetier.training.checkpoint_dir import CheckpointConfig
 from loquetier.training.data import render_chat
@@ -47,6 +48,21 @@ def given(value: T | None, kind: type[T], name: str) -> T | None:
     if value is not None and not isinstance(value, kind):
         raise ConfigError(f"{name} is {type(value).__name__}: must be {kind.__name__}, or None for its defaults")
     return value
+
+
+def given_spec(lora: LoraSpec | None, spec: AdapterSpec | None) -> AdapterSpec | None:
+    """The settings of the adapter to train, from whichever argument has them; None for neither.
+
+    Raises:
+        ConfigError: both, or something that is no spec.
+    """
+    if lora is not None and spec is not None:
+        raise ConfigError("lora and spec are both given: spec is for any method, lora for LoRA and DoRA; give one")
+    if spec is None:
+        return given(lora, LoraSpec, "lora")
+    if isinstance(spec, type) or not isinstance(spec, AdapterSpec):
+        raise ConfigError(f"spec is {type(spec).__name__}: must be a LoraSpec, an IA3Spec, or None for the defaults")
+    return spec
 
 
 def checkpoint_config(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from loquetier.adapters.spec import LoraSpec, ModulePlan, resolve_modules
+from loquetier.adapters.spec import AdapterSpec, ModulePlan, resolve_modules
 from loquetier.config import TrainingConfig
 from loquetier.engine.engine import Engine
 from loquetier.engine.trainer import JobListener
@@ -126,7 +126,7 @@ class NewJob:
     """What a job is, before it has a slot."""
 
     name: str
-    spec: LoraSpec
+    spec: AdapterSpec
     config: TrainingConfig
     examples: tuple[Example, ...]
     eval_examples: tuple[Example, ...]

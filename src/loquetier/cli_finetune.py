@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from loquetier.adapters.spec import LoraSpec
+from loquetier.adapters.spec import AdapterSpec, LoraSpec
 from loquetier.cli_options import spelled, with_options
 from loquetier.config import EngineConfig, TrainingConfig
 from loquetier.errors import AdapterExistsError, ConfigError, LoquetierError
@@ -97,7 +97,7 @@ def finetune(
         handle = runtime.finetune(
             name,
             records,
-            lora=spec,
+            spec=spec,
             training=config,
             eval_data=eval_records,
             start_from=start,
@@ -113,7 +113,7 @@ def finetune(
         _train(runtime, handle, out, eval_records)
 
 
-def _lora_spec(given: Mapping[str, Any], start_from: Path | None) -> LoraSpec | None:
+def _lora_spec(given: Mapping[str, Any], start_from: Path | None) -> AdapterSpec | None:
     """The spec that the options ask for; None = that of the adapter to continue from."""
     if start_from is None:
         return LoraSpec(**given)
@@ -150,7 +150,7 @@ def _check_before_training(
     return read_records(data), None if eval_data is None else read_records(eval_data)
 
 
-def _load_start(runtime: Runtime, name: str, directory: Path) -> tuple[str, LoraSpec]:
+def _load_start(runtime: Runtime, name: str, directory: Path) -> tuple[str, AdapterSpec]:
     """Load the adapter to continue from; its name, and its spec as a job can use it."""
     info = runtime.load_adapter(_START if name != _START else f"{_START}-0", directory)
     return info.name, info.spec

@@ -62,6 +62,7 @@ LORA: Mapping[str, Flag] = {
     "target_modules": Flag(f"{ALL_LINEAR}, or names with commas: q_proj,v_proj.", _ADAPTER, is_list=True),
     "exclude_modules": Flag("Names with commas.", _ADAPTER, is_list=True),
     "use_rslora": Flag("Scale by alpha/sqrt(r).", _ADAPTER),
+    "use_dora": Flag("DoRA: a magnitude per row beside the factors.", _ADAPTER),
     "rank_pattern": Flag("Rank of the modules that match; repeatable.", _ADAPTER, is_repeated_pair=True),
     "alpha_pattern": Flag("Alpha of the modules that match; repeatable.", _ADAPTER, is_repeated_pair=True),
     "layers_to_transform": Flag("Layer numbers with commas.", _ADAPTER, is_list=True),

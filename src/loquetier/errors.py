@@ -44,7 +44,7 @@ class AdapterError(LoquetierError, ValueError):
 
 
 class UnsupportedAdapterError(AdapterError):
-    """A PEFT feature we do not honour (DoRA, bias, modules_to_save, ...), named by its key."""
+    """A PEFT feature we do not honour (bias, modules_to_save, ...), named by its key."""
 
     code = "unsupported_adapter"
 

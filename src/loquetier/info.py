@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loquetier.adapters.spec import LoraSpec
+from loquetier.adapters.spec import AdapterSpec
 from loquetier.engine.engine import Totals
 
 
@@ -19,7 +19,7 @@ class AdapterInfo:
     """In the arena."""
     num_users: int
     """Requests running on it now."""
-    spec: LoraSpec
+    spec: AdapterSpec
     template_fingerprint: str | None = None
     """Of the chat template and tokenizer that it was trained under; None = whoever wrote it did not say."""
     template_differs: bool = False

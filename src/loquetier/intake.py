@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-from loquetier.adapters.spec import LoraSpec
+from loquetier.adapters.spec import AdapterSpec
 from loquetier.checkpointing import CheckpointSaver, NewJob, open_checkpoints
 from loquetier.config import TrainingConfig
 from loquetier.engine.engine import Engine
@@ -62,7 +62,7 @@ def start_later(
     loop: EngineLoop,
     handle: FinetuneHandle,
     name: str,
-    spec: LoraSpec,
+    spec: AdapterSpec,
     config: TrainingConfig,
     load: Callable[[], NewJob],
     start_from: str | None,

@@ -19,8 +19,8 @@ import torch
 from loquetier.adapters.peft_io import read_adapter
 from loquetier.adapters.peft_write import write_adapter
 from loquetier.adapters.registry import check_name
-from loquetier.adapters.spec import LoraSpec
-from loquetier.arguments import Data, Prompt, checkpoint_config, encode_prompt, given, path_of, records_of
+from loquetier.adapters.spec import AdapterSpec, LoraSpec
+from loquetier.arguments import Data, Prompt, checkpoint_config, encode_prompt, given, given_spec, path_of, records_of
 from loquetier.base.hardware import detect_hardware
 from loquetier.base.loading import load_base
 from loquetier.base.model import Base
@@ -369,6 +369,7 @@ class Runtime:
         data: Data,
         *,
         lora: LoraSpec | None = None,
+        spec: AdapterSpec | None = None,
         training: TrainingConfig | None = None,
         eval_data: Data | None = None,
         start_from: str | None = None,
@@ -389,7 +390,9 @@ class Runtime:
 
         Args:
             data, eval_data: records, or the path of a file of them.
-            start_from: continue from a served adapter (same LoraSpec) instead of fresh weights.
+            lora: LoRA's settings, or DoRA's with ``use_dora``. None: `LoraSpec()`, or those of `start_from`.
+            spec: in place of `lora`, the settings of any method, such as `IA3Spec()`.
+            start_from: continue from a served adapter (same spec) instead of fresh weights.
             callbacks: callables that get each `JobEvent`, or objects with methods of transformers' TrainerCallback (see
                 `reporting.callbacks`); on a thread of their own, and what they raise cannot fail the job.
             output_dir: a new directory for ``metrics.jsonl`` and ``results.csv``, on disk after every step; with
@@ -412,7 +415,7 @@ class Runtime:
         if training.eval_every and eval_data is None:
             raise ConfigError(f"eval_every={training.eval_every} needs eval_data")
         training.check_checkpoints(checkpoint_dir)
-        spec = given(lora, LoraSpec, "lora") or (LoraSpec() if start_from is None else self._spec_of(start_from))
+        spec = given_spec(lora, spec) or (LoraSpec() if start_from is None else self._spec_of(start_from))
         limit = min(training.max_seq_len, self.max_context)
 
         def load() -> NewJob:
@@ -440,7 +443,7 @@ class Runtime:
     def _note_saver(self, saver: CheckpointSaver, job: FinetuneJob) -> None:
         self._savers = [*(pair for pair in self._savers if pair[0].is_open), (saver, job)]
 
-    def _spec_of(self, model: str) -> LoraSpec:
+    def _spec_of(self, model: str) -> AdapterSpec:
         return self._loop.call(lambda: self._engine.registry.resolve(model).spec)
 
     def evaluate(self, model: str | None, data: Data, *, max_seq_len: int = 1024) -> EvalResult:

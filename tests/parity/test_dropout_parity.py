@@ -181,7 +181,7 @@ def no_hashing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     with monkeypatch.context() as patched:
         for name in ("dropout_forward", "dropout_backward"):
-            patched.setattr(f"loquetier.base.linear.{name}", refuse)
+            patched.setattr(f"loquetier.adapters.methods.lora.{name}", refuse)
         patched.setattr("loquetier.engine.trainer.row_keys", refuse)
         yield
 

@@ -91,6 +91,7 @@ def test_estimate_is_what_is_measured(dtype: torch.dtype, tape: str, rank: int, 
         {"model": {"intermediate_size": 300}},
         {"model": {"kv_heads": 1, "head_dim": 16}},
         {"model": {"layers": 2}},
+        {"spec": LoraSpec(r=8, use_dora=True)},
     ],
     ids=lambda case: "-".join(map(str, case)),
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -247,7 +247,6 @@ def test_lm_head_of_a_tied_base_is_refused_naming_the_tie(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("settings", "key"),
     [
-        ({"use_dora": True}, "use_dora"),
         ({"bias": "all"}, "bias"),
         ({"lora_bias": True}, "lora_bias"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
@@ -276,10 +275,12 @@ def test_a_wrong_base_is_refused_with_its_name_and_shapes(tmp_path: Path) -> Non
         read_adapter(tmp_path / "peft", wider, base_names=["c/d"])
 
 
-def test_every_key_of_pefts_config_is_classified() -> None:
+@pytest.mark.parametrize(("name", "config"), [("lora", LoraConfig), ("dora", LoraConfig), ("ia3", IA3Config)])
+def test_every_key_of_pefts_config_is_classified(name: str, config: type[Any]) -> None:
     from dataclasses import fields
 
-    from loquetier.adapters import peft_config
+    from loquetier.adapters.methods import method_of
 
-    known = peft_config._HONOURED | peft_config._INERT | peft_config._DEFAULTS.keys()
-    assert {field.name for field in fields(LoraConfig)} - known == set()
+    rules = method_of(name).rules
+    known = {*rules.required} | rules.honoured | rules.inert | rules.defaults.keys()
+    assert {field.name for field in fields(config)} - known == set()

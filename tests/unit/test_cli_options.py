@@ -41,6 +41,7 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "target_modules": (["--target-modules", "q_proj, v_proj"], ("q_proj", "v_proj")),
     "exclude_modules": (["--exclude-modules", "k_proj"], ("k_proj",)),
     "use_rslora": (["--use-rslora"], True),
+    "use_dora": (["--use-dora"], True),
     "rank_pattern": (["--rank-pattern", "q_proj=4", "--rank-pattern", "v=w=8"], {"q_proj": 4, "v=w": 8}),
     "alpha_pattern": (["--alpha-pattern", "q_proj=0.5"], {"q_proj": 0.5}),
     "layers_to_transform": (["--layers-to-transform", "0,2"], (0, 2)),

@@ -84,7 +84,6 @@ def snapshot(directory: Path) -> Mapping[str, bytes]:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True),
         ("use_dora", 1),
         ("bias", "all"),
         ("bias", "lora_only"),
@@ -262,7 +261,7 @@ def put(name: str, tensor: Tensor) -> Callable[[Tensors], object]:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (drop(Q0_B), AdapterMismatchError, r"1 of 4 LoRA tensors are missing.*lora_B"),
+        (drop(Q0_B), AdapterMismatchError, r"1 of 4 tensors are missing.*lora_B"),
         (put(Q0_A, torch.zeros(4, 4)), AdapterMismatchError, r"q_proj\.lora_A\.weight: shape \[4, 4\].*\[2, 4\]"),
         (put(Q0_A, torch.zeros(2, 5)), AdapterMismatchError, r"q_proj\.lora_A\.weight: shape \[2, 5\].*\[2, 4\]"),
         (put(Q0_B, torch.zeros(2, 6)), AdapterMismatchError, r"q_proj\.lora_B\.weight: shape \[2, 6\].*\[6, 2\]"),

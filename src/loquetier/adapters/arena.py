@@ -1,21 +1,26 @@
-"""The arena: one flat buffer that holds the factors of every resident adapter version.
+"""The arena: one flat buffer that holds the weights of every resident adapter version.
 
-A slot is one contiguous run: first A of every adapted module, then B transposed of every adapted module, each
-``[rank, dim]``. So load, evict, publish and checkpoint are one copy, any mix of ranks and target sets lives side
-by side without padding, and an optimizer sees one flat tensor. The budget is bytes.
+A slot is one contiguous run: the first part of every adapted module, then the second part of every one, and so on, as
+its method lists them. LoRA's is A of every module, then B transposed of every module, each ``[rank, dim]``. What a
+method derives from its weights (DoRA's norms) follows them. So load, evict, publish and checkpoint are one copy, any
+mix of methods, ranks and target sets lives side by side without padding, and an optimizer sees one flat tensor. The
+budget is bytes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from loquetier.adapters.methods import slot_method
+from loquetier.adapters.methods.method import BaseWeight, Method
 from loquetier.adapters.spec import ModulePlan
 from loquetier.errors import IntegrityError, OutOfAdapterMemoryError
-from loquetier.kernels.reference import Factors
 
 ALIGN = 64
 """Slots start at multiples of this many elements: cache lines, and 16-byte vector loads in any dtype."""
@@ -24,33 +29,64 @@ MAX_SPARE_VIEWS = 8
 
 
 def num_elements(modules: Iterable[ModulePlan]) -> int:
-    """Elements of one slot for these modules."""
-    return sum(m.num_elements for m in modules)
+    """Learned weights of one slot for these modules."""
+    modules = tuple(modules)
+    method = slot_method(modules)
+    return sum(math.prod(part.shape) for m in modules for part in method.parts(m))
 
 
 def slot_elements(modules: Iterable[ModulePlan]) -> int:
-    """Elements that a slot takes in the arena, padding included."""
-    return -(-num_elements(modules) // ALIGN) * ALIGN
+    """Elements that a slot takes in the arena, what its method derives and padding included."""
+    modules = tuple(modules)
+    return -(-(num_elements(modules) + num_derived(modules)) // ALIGN) * ALIGN
+
+
+def num_derived(modules: Iterable[ModulePlan]) -> int:
+    """Elements of a slot that its method derives from the learned ones."""
+    modules = tuple(modules)
+    method = slot_method(modules)
+    return sum(method.num_derived(m) for m in modules)
 
 
 def num_a_elements(modules: Iterable[ModulePlan]) -> int:
-    """Elements of the leading A part of a slot; the rest is B transposed."""
-    return sum(m.rank * m.target.in_features for m in modules)
-
-
-def factor_views(flat: Tensor, modules: Iterable[ModulePlan]) -> dict[int, Factors]:
-    """Cut a flat buffer of `num_elements` into factors by module index. Views: writing one writes the other."""
+    """Elements of a slot before its first fast part (LoRA: A); all of them for a method without fast parts."""
     modules = tuple(modules)
-    views: dict[int, Factors] = {}
-    a_at, b_at = 0, num_a_elements(modules)
+    method = slot_method(modules)
+    return sum(math.prod(part.shape) for m in modules for part in method.parts(m) if not part.fast)
+
+
+def part_views(flat: Tensor, modules: Iterable[ModulePlan]) -> dict[int, tuple[Tensor, ...]]:
+    """Cut a flat buffer of `num_elements` into each module's parts. Views: writing one writes the other."""
+    modules = tuple(modules)
+    method = slot_method(modules)
+    parts = [method.parts(m) for m in modules]
+    views: dict[int, list[Tensor]] = {m.target.index: [] for m in modules}
+    at = 0
+    for kind in range(max((len(p) for p in parts), default=0)):
+        for m, own in zip(modules, parts, strict=True):
+            size = math.prod(own[kind].shape)
+            views[m.target.index].append(flat[at : at + size].view(own[kind].shape))
+            at += size
+    return {index: tuple(found) for index, found in views.items()}
+
+
+def factor_views(flat: Tensor, modules: Iterable[ModulePlan], derived: Tensor | None = None) -> dict[int, Any]:
+    """The same as the method's own kernels read it, by module index.
+
+    Args:
+        flat: learned weights, or their gradients.
+        derived: what the method derives, flat; None for gradients.
+    """
+    modules = tuple(modules)
+    method = slot_method(modules)
+    parts = part_views(flat, modules)
+    views: dict[int, Any] = {}
+    at = 0
     for m in modules:
-        a_size, b_size = m.rank * m.target.in_features, m.rank * m.target.out_features
-        views[m.target.index] = Factors(
-            flat[a_at : a_at + a_size].view(m.rank, m.target.in_features),
-            flat[b_at : b_at + b_size].view(m.rank, m.target.out_features),
-            m.scale,
-        )
-        a_at, b_at = a_at + a_size, b_at + b_size
+        size = method.num_derived(m)
+        own = derived[at : at + size] if derived is not None and size else None
+        views[m.target.index] = method.weights(m, parts[m.target.index], own)
+        at += size
     return views
 
 
@@ -61,10 +97,21 @@ class _Run:
 
 
 class Arena:
-    """Allocator and owner of all adapter weights of one dtype on one device. Used by the engine thread only."""
+    """Allocator and owner of all adapter weights of one dtype on one device. Used by the engine thread only.
 
-    def __init__(self, num_bytes: int, dtype: torch.dtype, device: torch.device | str) -> None:
+    Args:
+        base_weight: what some methods derive from; an arena without it holds no adapter of theirs.
+    """
+
+    def __init__(
+        self,
+        num_bytes: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        base_weight: BaseWeight | None = None,
+    ) -> None:
         self.dtype = dtype
+        self.base_weight: BaseWeight = base_weight or _no_base_weight
         self.itemsize = torch.empty((), dtype=dtype).element_size()
         # Uninitialised memory costs nothing on a CPU until a slot is written.
         self._buffer = torch.empty(num_bytes // self.itemsize // ALIGN * ALIGN, dtype=dtype, device=device)
@@ -72,13 +119,17 @@ class Arena:
         self._runs: dict[int, _Run] = {}
         self._modules: dict[int, tuple[ModulePlan, ...]] = {}
         self._next_slot = 0
-        self._spare_views: dict[int, tuple[tuple[ModulePlan, ...], dict[int, Factors]]] = {}
+        self._spare_views: dict[int, tuple[tuple[ModulePlan, ...], dict[int, Any]]] = {}
         """By start of a freed run. A job that publishes takes turns on two runs: making and dropping some hundred views
         each time took longer than copying the weights."""
-        self.factors: dict[int, dict[int, Factors]] = {}
-        """slot -> module index -> views: what the kernels read."""
         self.num_frees = 0
         """Slots given back so far: who waits for memory need not look again while it stays the same."""
+        self._derives: set[int] = set()
+        """Slots whose method derives something."""
+        self.factors: dict[int, dict[int, Any]] = {}
+        """slot -> module index -> views: what the method's kernels read."""
+        self.methods: dict[int, Method] = {}
+        """slot -> its method."""
         self.reclaim: Callable[[], bool] = lambda: False
         """Asked for a slot less when memory runs out; False when nothing can be given up."""
 
@@ -101,7 +152,7 @@ class Arena:
         Raises:
             OutOfAdapterMemoryError: no free run is long enough; nothing changed.
         """
-        size = slot_elements(modules)
+        method, derived, size = slot_method(modules), num_derived(modules), slot_elements(modules)
         run = self._find(size)
         while run is None and self.reclaim():
             run = self._find(size)
@@ -117,13 +168,34 @@ class Arena:
         self._runs[slot], self._modules[slot] = _Run(run.start, size), modules
         if zeroed:
             self._buffer[run.start : run.start + size].zero_()
-        self.factors[slot] = self._views_at(slot)
+        self.factors[slot] = self._views_at(slot, derived)
+        self.methods[slot] = method
+        if derived:
+            self._derives.add(slot)
         return slot
 
-    def _views_at(self, slot: int) -> dict[int, Factors]:
+    def _views_at(self, slot: int, num_derived: int) -> dict[int, Any]:
         modules = self._modules[slot]
         held, views = self._spare_views.pop(self._runs[slot].start, ((), {}))
-        return views if held == modules else factor_views(self.flat(slot), modules)
+        if held == modules:
+            return views
+        learned = num_elements(modules)
+        return factor_views(self.flat(slot), modules, self._run(slot)[learned : learned + num_derived])
+
+    def refresh(self, slot: int) -> None:
+        """To be called after every change of a slot's weights: what its method derives follows them."""
+        if slot in self._derives:
+            for m in self._modules[slot]:
+                self.methods[slot].derive(self.factors[slot][m.target.index], m, self.base_weight)
+
+    def copy(self, source: int, to: int) -> None:
+        """Make `to`, a slot of the same modules, equal to `source`, with what is derived."""
+        assert self._modules[source] == self._modules[to]
+        self._run(to).copy_(self._run(source))
+
+    def _run(self, slot: int) -> Tensor:
+        run = self._runs[slot]
+        return self._buffer[run.start : run.start + run.size]
 
     def _find(self, size: int) -> _Run | None:
         return next((r for r in self._free if r.size >= size), None)
@@ -134,6 +206,8 @@ class Arena:
         self._spare_views[run.start] = (self._modules.pop(slot), self.factors.pop(slot))
         while len(self._spare_views) > MAX_SPARE_VIEWS:
             del self._spare_views[next(iter(self._spare_views))]
+        del self.methods[slot]
+        self._derives.discard(slot)
         self._buffer[run.start : run.start + run.size].zero_()
         self._free = _coalesce([*self._free, run])
         self.num_frees += 1
@@ -168,6 +242,10 @@ class Arena:
             raise IntegrityError(f"arena: runs cover {at} of {self._buffer.numel()} elements")
         if not (self._runs.keys() == self._modules.keys() == self.factors.keys()):
             raise IntegrityError("arena: slots, modules and views disagree")
+
+
+def _no_base_weight(module: int) -> Tensor:
+    raise IntegrityError(f"arena: module {module}'s weight is needed, and this arena has no base")
 
 
 def _coalesce(runs: list[_Run]) -> list[_Run]:

@@ -11,6 +11,7 @@ import stat
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -20,10 +21,10 @@ import torch
 from torch import Tensor
 
 from loquetier.adapters.peft_config import MAX_CONFIG_BYTES, PeftConfig, adapter_digest, parse_config
-from loquetier.adapters.peft_keys import base_copy_name, check_tensors, factor_name
+from loquetier.adapters.peft_keys import base_copy_name, check_tensors
 from loquetier.adapters.peft_write import CONFIG_NAME, TARGETS_METADATA, TEMPLATE_METADATA, WEIGHTS_NAME, write_adapter
 from loquetier.adapters.safetensors_check import Header, read_header
-from loquetier.adapters.spec import LinearTarget, LoraSpec, ModulePlan, matching_part, resolve_modules
+from loquetier.adapters.spec import AdapterSpec, LinearTarget, ModulePlan, matching_part, resolve_modules
 from loquetier.errors import (
     AdapterError,
     AdapterMismatchError,
@@ -42,11 +43,12 @@ _PICKLES: Final = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth",
 class AdapterWeights:
     """One adapter as read from disk, on the CPU."""
 
-    spec: LoraSpec
+    spec: AdapterSpec
     modules: tuple[ModulePlan, ...]
     """The adapted linears, ordered by index."""
-    factors: Mapping[str, tuple[Tensor, Tensor]]
-    """By `LinearTarget.path`: A ``[rank, in]`` and B ``[out, rank]``, each float32, float16 or bfloat16 as stored."""
+    factors: Mapping[str, tuple[Tensor, ...]]
+    """By `LinearTarget.path`, the tensors of `Method.parts` in PEFT's shapes, each float32, float16 or bfloat16 as
+    stored. LoRA: A ``[rank, in]``, B ``[out, rank]``."""
     base_name: str | None
     """What the config says that the base was called where the adapter was made."""
     digest: str
@@ -64,7 +66,7 @@ def read_adapter(
     base_weight: Callable[[str], Tensor] | None = None,
     max_bytes: int | None = None,
 ) -> AdapterWeights:
-    """Read `adapter_config.json` and `adapter_model.safetensors` of a PEFT LoRA adapter.
+    """Read `adapter_config.json` and `adapter_model.safetensors` of a PEFT adapter: LoRA, DoRA or IA3.
 
     Args:
         directory: the adapter's directory. Only these two files in it are opened; they may be links to regular files.
@@ -103,9 +105,10 @@ def read_adapter(
         raise AdapterError(f"{CONFIG_NAME}: {error}") from error
     _check_finite(tensors, keys)
     spec = _original_targets(spec, modules, targets, header)
+    # `keys` has the tensors of each module in the order of its method's parts.
     factors = {
-        plan.target.path: (tensors[factor_name(plan.target.path, "A")], tensors[factor_name(plan.target.path, "B")])
-        for plan in modules
+        path: tuple(tensors[name] for name, _ in group)
+        for path, group in groupby(keys.items(), key=lambda item: item[1].path)
     }
     digest = adapter_digest(hashlib.sha256(blob).digest(), spec)
     return AdapterWeights(
@@ -142,8 +145,8 @@ def _refuse_pickles(directory: Path) -> None:
 
 
 def _resolve(
-    spec: LoraSpec, targets: Sequence[LinearTarget], allow_partial: bool
-) -> tuple[LoraSpec, tuple[ModulePlan, ...]]:
+    spec: AdapterSpec, targets: Sequence[LinearTarget], allow_partial: bool
+) -> tuple[AdapterSpec, tuple[ModulePlan, ...]]:
     if allow_partial:
         spec = matching_part(spec, targets)
     return spec, resolve_modules(spec, targets)
@@ -202,8 +205,8 @@ def _same_weight(copy: Tensor, base: Tensor) -> bool:
 
 
 def _original_targets(
-    spec: LoraSpec, modules: tuple[ModulePlan, ...], targets: Sequence[LinearTarget], header: Header
-) -> LoraSpec:
+    spec: AdapterSpec, modules: tuple[ModulePlan, ...], targets: Sequence[LinearTarget], header: Header
+) -> AdapterSpec:
     """`spec` with the string that `write_adapter` noted ("all-linear", a regex) in place of the list it wrote.
 
     The config stays the authority: a note that does not select exactly the same linears is out of date.
@@ -212,7 +215,7 @@ def _original_targets(
     if note is None:
         return spec
     try:
-        original = replace(spec, target_modules=note)
+        original: AdapterSpec = replace(spec, target_modules=note)
         same = resolve_modules(original, targets) == modules
     except (ConfigError, AdapterMismatchError):
         return spec

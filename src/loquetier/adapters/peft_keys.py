@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
+from loquetier.adapters.methods import slot_method
+from loquetier.adapters.methods.method import Part
 from loquetier.adapters.safetensors_check import TensorEntry
 from loquetier.adapters.spec import ModulePlan
 from loquetier.errors import AdapterMismatchError, UnsupportedAdapterError
 
 PREFIX: Final = "base_model.model."
-_FACTOR_KEY: Final = re.compile(re.escape(PREFIX) + r"(?P<path>.+)\.lora_[AB]\.weight", re.DOTALL)
 _FEATURES: Final = (
-    (re.compile(r"lora_magnitude_vector"), "DoRA (use_dora)"),
+    (re.compile(r"lora_magnitude_vector"), "DoRA in a config without use_dora"),
     (re.compile(r"\.lora_[AB]\.(.+\.)?bias$"), "a bias in the LoRA layers (lora_bias)"),
     (re.compile(r"\.lora_[AB]\.[^.]+\.weight$"), "an adapter name inside the tensor name; save it with PEFT"),
     (re.compile(r"lora_embedding_[AB]"), "LoRA on an embedding"),
@@ -30,13 +31,14 @@ class FactorKey:
     """One tensor that must be there."""
 
     path: str
-    factor: Literal["A", "B"]
-    shape: tuple[int, int]
+    number: int
+    """Among the parts of its method."""
+    shape: tuple[int, ...]
 
 
-def factor_name(path: str, factor: Literal["A", "B"]) -> str:
-    """The name under which PEFT stores factor A ``[rank, in]`` or B ``[out, rank]`` of the linear at `path`."""
-    return f"{PREFIX}{path}.lora_{factor}.weight"
+def tensor_name(path: str, part: Part) -> str:
+    """The name under which PEFT stores a part on the linear at `path`."""
+    return f"{PREFIX}{path}.{part.peft_name}"
 
 
 def base_copy_name(path: str) -> str:
@@ -46,12 +48,13 @@ def base_copy_name(path: str) -> str:
 
 def expected_factors(modules: Iterable[ModulePlan]) -> dict[str, FactorKey]:
     """Every tensor that an adapter with these modules must have, by name."""
-    found: dict[str, FactorKey] = {}
-    for plan in modules:
-        path, target = plan.target.path, plan.target
-        found[factor_name(path, "A")] = FactorKey(path, "A", (plan.rank, target.in_features))
-        found[factor_name(path, "B")] = FactorKey(path, "B", (target.out_features, plan.rank))
-    return found
+    modules = tuple(modules)
+    method = slot_method(modules)
+    return {
+        tensor_name(plan.target.path, part): FactorKey(plan.target.path, number, part.peft_shape)
+        for plan in modules
+        for number, part in enumerate(method.parts(plan))
+    }
 
 
 def check_tensors(
@@ -60,7 +63,7 @@ def check_tensors(
     """Check a file's tensor names and shapes against the modules that the config adapts.
 
     Returns:
-        The factor tensors, by name. With `allow_partial`, LoRA factors of other modules are left out.
+        The adapter's tensors, by name. With `allow_partial`, those of other modules are left out.
 
     Raises:
         UnsupportedAdapterError: a tensor belongs to a feature that we do not honour.
@@ -68,18 +71,19 @@ def check_tensors(
     """
     expected = expected_factors(modules)
     shapes = {name: key.shape for name, key in expected.items()}
+    endings = tuple({f".{part.peft_name}" for plan in modules for part in slot_method(modules).parts(plan)})
     for plan in modules:
         shapes[base_copy_name(plan.target.path)] = (plan.target.out_features, plan.target.in_features)
     extra = [name for name in tensors if name not in shapes]
     for name in extra:
-        _refuse_feature(name)
-    foreign = [name for name in extra if not (allow_partial and _FACTOR_KEY.fullmatch(name))]
+        _refuse_feature(name, endings)
+    foreign = [name for name in extra if not (allow_partial and name.startswith(PREFIX) and name.endswith(endings))]
     if foreign:
         raise AdapterMismatchError(
             f"{len(foreign)} of {len(tensors)} tensors belong to no adapted linear of this base: {_first(foreign)}"
         )
     if missing := [name for name in expected if name not in tensors]:
-        raise AdapterMismatchError(f"{len(missing)} of {len(expected)} LoRA tensors are missing: {_first(missing)}")
+        raise AdapterMismatchError(f"{len(missing)} of {len(expected)} tensors are missing: {_first(missing)}")
     for name, shape in shapes.items():
         found = tensors[name].shape if name in tensors else shape
         if found != shape:
@@ -89,9 +93,10 @@ def check_tensors(
     return expected
 
 
-def _refuse_feature(name: str) -> None:
+def _refuse_feature(name: str, own_endings: tuple[str, ...]) -> None:
+    ending = next((ending for ending in own_endings if name.endswith(ending)), "")
     for pattern, feature in _FEATURES:
-        if pattern.search(name):
+        if pattern.search(name.removesuffix(ending)):
             raise UnsupportedAdapterError(f"tensor {name[:200]!r}: {feature}; not supported")
 
 

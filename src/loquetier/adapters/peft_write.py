@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from loquetier.adapters.durable import fsync_directory, write_file
+from loquetier.adapters.orientation import PeftTensors
 from loquetier.adapters.peft_config import adapter_digest, render_config
 from loquetier.adapters.peft_keys import expected_factors
 from loquetier.adapters.safetensors_check import encode_header
-from loquetier.adapters.spec import LoraSpec, ModulePlan, matching_part, resolve_modules
+from loquetier.adapters.spec import AdapterSpec, ModulePlan, matching_part, resolve_modules
 from loquetier.errors import AdapterError, AdapterExistsError, AdapterMismatchError
 
 CONFIG_NAME: Final = "adapter_config.json"
@@ -34,9 +35,9 @@ _DTYPES: Final = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "B
 def write_adapter(
     directory: Path,
     *,
-    spec: LoraSpec,
+    spec: AdapterSpec,
     modules: tuple[ModulePlan, ...],
-    factors: Mapping[str, tuple[Tensor, Tensor]],
+    factors: PeftTensors,
     base_name: str | None,
     overwrite: bool = False,
     template_fingerprint: str | None = None,
@@ -51,7 +52,8 @@ def write_adapter(
         directory: where to write; its parent is made if missing.
         spec: the adapter's settings.
         modules: what `resolve_modules` gave for `spec`.
-        factors: by path, A ``[rank, in]`` and B ``[out, rank]``, each float32, float16 or bfloat16, on any device.
+        factors: by path, the tensors of `Method.parts` in PEFT's shapes (LoRA: A ``[rank, in]``, B ``[out, rank]``),
+            each float32, float16 or bfloat16, on any device.
         base_name: recorded as `base_model_name_or_path`.
         overwrite: replace `directory` if it holds an adapter and nothing else.
         template_fingerprint: kept beside the weights, if given; see `training.chat.template_fingerprint`.
@@ -88,10 +90,8 @@ def write_adapter(
     return adapter_digest(weights_sha256, spec)
 
 
-def _named_tensors(
-    spec: LoraSpec, modules: Sequence[ModulePlan], factors: Mapping[str, tuple[Tensor, Tensor]]
-) -> dict[str, Tensor]:
-    """Every factor by its PEFT name; raises whatever `read_adapter` would raise on reading it back."""
+def _named_tensors(spec: AdapterSpec, modules: Sequence[ModulePlan], factors: PeftTensors) -> dict[str, Tensor]:
+    """Every tensor by its PEFT name; raises whatever `read_adapter` would raise on reading it back."""
     targets = [plan.target for plan in modules]
     # Names of a spec may select linears that exclude_modules or the layer filter drops: only `modules` count here.
     if not modules or resolve_modules(matching_part(spec, targets), targets) != tuple(modules):
@@ -99,9 +99,12 @@ def _named_tensors(
     if factors.keys() != {target.path for target in targets}:
         odd = sorted(factors.keys() ^ {target.path for target in targets})
         raise AdapterMismatchError(f"factors and modules name different linears: {', '.join(odd[:3])}")
+    expected = expected_factors(modules)
+    if sum(map(len, factors.values())) != len(expected):
+        raise AdapterMismatchError(f"{sum(map(len, factors.values()))} tensors; these modules have {len(expected)}")
     found: dict[str, Tensor] = {}
-    for name, key in expected_factors(modules).items():
-        tensor = factors[key.path][0 if key.factor == "A" else 1].detach()
+    for name, key in expected.items():
+        tensor = factors[key.path][key.number].detach()
         if tuple(tensor.shape) != key.shape:
             raise AdapterMismatchError(f"tensor {name}: shape {list(tensor.shape)}, expected {list(key.shape)}")
         if tensor.dtype not in _DTYPES:
@@ -118,7 +121,8 @@ def _encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Itera
     header, order = encode_header(layout, metadata)
     yield header
     for name in order:
-        yield tensors[name].cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        # Flat first: a tensor with one column is contiguous whatever its strides say, and could not be viewed as bytes.
+        yield tensors[name].cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def _check_place(directory: Path, overwrite: bool) -> None:

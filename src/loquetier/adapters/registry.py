@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from loquetier.adapters.spec import LoraSpec
+from loquetier.adapters.spec import AdapterSpec, LoraSpec
 from loquetier.engine.rows import BASE_SLOT
 from loquetier.errors import AdapterExistsError, AdapterNotFoundError, ConfigError, IntegrityError
 
@@ -26,7 +26,7 @@ class AdapterVersion:
     number: int
     """1 for the first version of the name, counting up, never reused while the process lives."""
     slot: int
-    spec: LoraSpec
+    spec: AdapterSpec
     users: int = field(default=0)
     """Requests and evaluations running on it."""
     is_live: bool = field(default=True)
@@ -129,12 +129,14 @@ class AdapterRegistry:
         if name in self._live:
             raise AdapterExistsError(f"{name!r} is already loaded; unload it first, or choose another name")
 
-    def add(self, name: str, slot: int, spec: LoraSpec, template_fingerprint: str | None = None) -> AdapterVersion:
+    def add(self, name: str, slot: int, spec: AdapterSpec, template_fingerprint: str | None = None) -> AdapterVersion:
         """A new name becomes live. Errors as `check_free`."""
         self.check_free(name)
         return self.publish(name, slot, spec, template_fingerprint)
 
-    def publish(self, name: str, slot: int, spec: LoraSpec, template_fingerprint: str | None = None) -> AdapterVersion:
+    def publish(
+        self, name: str, slot: int, spec: AdapterSpec, template_fingerprint: str | None = None
+    ) -> AdapterVersion:
         """Make the weights in `slot` the live version of `name`; the version before retires."""
         number = self._last_number.get(name, 0) + 1
         self._last_number[name] = number

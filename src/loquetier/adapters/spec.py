@@ -1,11 +1,11 @@
-"""What a LoRA adapter is, before any weights: the spec, the base's target linears, and how they match. No torch."""
+"""What an adapter is, before any weights: its spec, the base's target linears, and how they match. No torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Final, TypeVar
+from dataclasses import Field, dataclass, field, replace
+from typing import Any, ClassVar, Final, Protocol, TypeVar, runtime_checkable
 
 from loquetier.adapters import patterns
 from loquetier.errors import AdapterMismatchError, ConfigError
@@ -17,6 +17,8 @@ MAX_ALPHA: Final = 1e6
 _EMBEDDINGS: Final = frozenset({"embed_tokens", "wte", "embed_in", "word_embeddings"})
 _OUTPUTS: Final = frozenset({"lm_head", "embed_out", "output_layer"})
 _Value = TypeVar("_Value", int, float)
+LORA: Final = "lora"
+DORA: Final = "dora"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +35,71 @@ class LinearTarget:
     """Decoder layer number, or None for lm_head."""
 
 
+@dataclass(frozen=True, slots=True)
+class ModulePlan:
+    """One adapted linear: which one, by which method, at what rank and scale."""
+
+    target: LinearTarget
+    rank: int
+    """Rows of its factors; 1 where the method has a vector."""
+    scale: float
+    """alpha/r or alpha/sqrt(r); applied once, in the kernel, never baked into the weights. 1.0 without one."""
+    method: str = LORA
+    """`Method.name`; the same for all modules of an adapter."""
+    form: str = ""
+    """Which of the method's forms sits here, if it has several (IA3: "input" or "output")."""
+
+
+@runtime_checkable
+class AdapterSpec(Protocol):
+    """What the settings of every method have in common. A frozen dataclass, whose fields are JSON values or tuples."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def method(self) -> str:
+        """`Method.name` of the method that these settings are for."""
+        ...
+
+    @property
+    def target_modules(self) -> str | tuple[str, ...]:
+        """ "all-linear", a regular expression on the full path, or name suffixes."""
+        ...
+
+    @property
+    def exclude_modules(self) -> str | tuple[str, ...]:
+        """A regular expression or name suffixes; empty for nothing."""
+        ...
+
+    @property
+    def layers_to_transform(self) -> tuple[int, ...] | None:
+        """Only these layers; None for all."""
+        ...
+
+    @property
+    def layers_pattern(self) -> tuple[str, ...]:
+        """What stands before the layer number in a path; empty for anything."""
+        ...
+
+    @property
+    def dropout(self) -> float:
+        """Probability of dropping an element of the method's input in training."""
+        ...
+
+    def plans(self, adapted: Sequence[LinearTarget]) -> tuple[ModulePlan, ...]:
+        """One plan for each linear that the names select. Errors as `resolve_modules`."""
+        ...
+
+    def narrowed(
+        self, target_modules: str | tuple[str, ...], layers: tuple[int, ...] | None, targets: Sequence[LinearTarget]
+    ) -> AdapterSpec:
+        """These settings with other target names and layers, without what then matches nothing among `targets`."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraSpec:
-    """The LoRA settings that PEFT's ``LoraConfig`` and we both honour.
+    """The LoRA settings that PEFT's ``LoraConfig`` and we both honour; with `use_dora`, DoRA (arXiv 2402.09353).
 
     Scaling is alpha/r, or alpha/sqrt(r) with rsLoRA.
 
@@ -56,6 +120,7 @@ class LoraSpec:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers_to_transform: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] = ()
+    use_dora: bool = False
 
     def __post_init__(self) -> None:
         _check_rank("r", self.r)
@@ -64,13 +129,11 @@ class LoraSpec:
             _is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", self.dropout, "must be a number in [0, 1)"
         )
         object.__setattr__(self, "dropout", float(self.dropout))
-        _check(isinstance(self.use_rslora, bool), "use_rslora", self.use_rslora, "must be true or false")
-        _check_names("target_modules", self.target_modules)
-        _check(bool(self.target_modules), "target_modules", self.target_modules, "must name at least one module")
-        _check_names("exclude_modules", self.exclude_modules)
+        for name in ("use_rslora", "use_dora"):
+            _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "must be true or false")
         for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), list):  # as people write it for PEFT
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+            object.__setattr__(self, name, checked_names(name, getattr(self, name)))
+        _check(bool(self.target_modules), "target_modules", self.target_modules, "must name at least one module")
         for name in ("rank_pattern", "alpha_pattern"):
             value = getattr(self, name)
             _check(isinstance(value, Mapping), name, value, "must map module patterns to numbers")
@@ -89,27 +152,39 @@ class LoraSpec:
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     @property
-    def is_all_linear(self) -> bool:
-        """True when `target_modules` is the "all-linear" shorthand, in any case, as in PEFT."""
-        return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
+    def method(self) -> str:
+        """DoRA is a method of its own with LoRA's settings."""
+        return DORA if self.use_dora else LORA
+
+    def plans(self, adapted: Sequence[LinearTarget]) -> tuple[ModulePlan, ...]:
+        """Rank and scale of each linear."""
+        ranks = _by_pattern("rank_pattern", self.rank_pattern, self.r, adapted)
+        alphas = _by_pattern("alpha_pattern", self.alpha_pattern, self.alpha, adapted)
+        return tuple(
+            ModulePlan(target, rank, self.scale(rank, alpha), self.method)
+            for target, rank, alpha in zip(adapted, ranks, alphas, strict=True)
+        )
+
+    def narrowed(
+        self, target_modules: str | tuple[str, ...], layers: tuple[int, ...] | None, targets: Sequence[LinearTarget]
+    ) -> LoraSpec:
+        """Other names and layers, and only the patterns that then match."""
+        spec = replace(self, target_modules=target_modules, layers_to_transform=layers)
+        selection = _Selection.of(spec)
+        adapted = [target for target in targets if selection.adapts(target)]
+        return replace(
+            spec,
+            rank_pattern=_used("rank_pattern", self.rank_pattern, adapted),
+            alpha_pattern=_used("alpha_pattern", self.alpha_pattern, adapted),
+        )
 
 
-@dataclass(frozen=True, slots=True)
-class ModulePlan:
-    """One adapted linear: which one, at what rank and scale."""
-
-    target: LinearTarget
-    rank: int
-    scale: float
-    """alpha/r or alpha/sqrt(r); applied once, in the kernel, never baked into the weights."""
-
-    @property
-    def num_elements(self) -> int:
-        """Weights of both factors: A ``[rank, in]`` and B transposed ``[rank, out]``."""
-        return self.rank * (self.target.in_features + self.target.out_features)
+def is_all_linear(spec: AdapterSpec) -> bool:
+    """True when `target_modules` is the "all-linear" shorthand, in any case, as in PEFT."""
+    return isinstance(spec.target_modules, str) and spec.target_modules.lower() == ALL_LINEAR
 
 
-def resolve_modules(spec: LoraSpec, targets: Sequence[LinearTarget]) -> tuple[ModulePlan, ...]:
+def resolve_modules(spec: AdapterSpec, targets: Sequence[LinearTarget]) -> tuple[ModulePlan, ...]:
     """Which linears `spec` adapts, each with its rank and scale, by PEFT 0.21's matching rules. Pure.
 
     Args:
@@ -132,15 +207,10 @@ def resolve_modules(spec: LoraSpec, targets: Sequence[LinearTarget]) -> tuple[Mo
             f"target_modules={_short(spec.target_modules)} with exclude_modules={_short(spec.exclude_modules)} and "
             f"layers_to_transform={spec.layers_to_transform} adapts no linear of this base; {_available(ordered)}"
         )
-    ranks = _by_pattern("rank_pattern", spec.rank_pattern, spec.r, adapted)
-    alphas = _by_pattern("alpha_pattern", spec.alpha_pattern, spec.alpha, adapted)
-    return tuple(
-        ModulePlan(target, rank, spec.scale(rank, alpha))
-        for target, rank, alpha in zip(adapted, ranks, alphas, strict=True)
-    )
+    return spec.plans(adapted)
 
 
-def matching_part(spec: LoraSpec, targets: Sequence[LinearTarget]) -> LoraSpec:
+def matching_part(spec: AdapterSpec, targets: Sequence[LinearTarget]) -> AdapterSpec:
     """`spec` without the target names, layers and pattern keys that match nothing among `targets`. Pure.
 
     This is what `allow_partial` asks for: the result resolves without error if anything matches.
@@ -157,27 +227,25 @@ def matching_part(spec: LoraSpec, targets: Sequence[LinearTarget]) -> LoraSpec:
         layers = tuple(layer for layer in layers if layer in {target.layer for target in targets})
     if not names or layers == ():
         _refuse_unknown(spec, targets)
-    narrowed = replace(spec, target_modules=names, layers_to_transform=layers)
-    selection = _Selection.of(narrowed)
-    adapted = [target for target in targets if selection.adapts(target)]
-    return replace(
-        narrowed,
-        rank_pattern=_used("rank_pattern", spec.rank_pattern, adapted),
-        alpha_pattern=_used("alpha_pattern", spec.alpha_pattern, adapted),
-    )
+    return spec.narrowed(names, layers, targets)
+
+
+def check_selection(spec: AdapterSpec) -> None:
+    """Raise ConfigError for a target, exclude or layer pattern that does not compile."""
+    _Selection.of(spec)
 
 
 @dataclass(frozen=True, slots=True)
 class _Selection:
     """`target_modules`, `exclude_modules` and the layer filter of one spec, compiled once."""
 
-    spec: LoraSpec
+    spec: AdapterSpec
     targets: patterns.Matcher | frozenset[str]
     exclude: patterns.Matcher | frozenset[str]
     layers: tuple[patterns.Matcher, ...]
 
     @classmethod
-    def of(cls, spec: LoraSpec) -> _Selection:
+    def of(cls, spec: AdapterSpec) -> _Selection:
         return cls(
             spec,
             _compile_names("target_modules", spec.target_modules),
@@ -188,7 +256,7 @@ class _Selection:
     def adapts(self, target: LinearTarget) -> bool:
         if self.spec.exclude_modules and _matches_names(self.exclude, target.path):
             return False
-        if self.spec.is_all_linear:
+        if is_all_linear(self.spec):
             return target.layer is not None
         if not _matches_names(self.targets, target.path):
             return False
@@ -220,7 +288,7 @@ def _unknown_names(names: tuple[str, ...], targets: Iterable[LinearTarget]) -> l
     return [name for name in names if name not in known]
 
 
-def _refuse_unknown(spec: LoraSpec, targets: Sequence[LinearTarget]) -> None:
+def _refuse_unknown(spec: AdapterSpec, targets: Sequence[LinearTarget]) -> None:
     if not isinstance(spec.target_modules, str) and (unknown := _unknown_names(spec.target_modules, targets)):
         raise AdapterMismatchError(
             f"target_modules: {_short(unknown)} of {len(spec.target_modules)} names match no linear of this base"
@@ -308,11 +376,13 @@ def _checked_alpha(field_name: str, value: float) -> float:
     return float(value)
 
 
-def _check_names(field_name: str, value: object) -> None:
+def checked_names(field_name: str, value: Any) -> str | tuple[str, ...]:
+    """`value` if it is a pattern or module names, a list (as people write it for PEFT) as a tuple; else ConfigError."""
     ok = isinstance(value, str) or (
         isinstance(value, (tuple, list)) and all(isinstance(name, str) and name for name in value)
     )
     _check(ok, field_name, value, "must be a string, or a list of non-empty strings")
+    return value if isinstance(value, str) else tuple(value)
 
 
 def _check_layers(spec: LoraSpec) -> None:
@@ -332,7 +402,7 @@ def _check_layers(spec: LoraSpec) -> None:
 
 def _compile_all(spec: LoraSpec) -> None:
     """Raise ConfigError for a pattern that does not compile: at the door, not at the first match."""
-    _Selection.of(spec)
+    check_selection(spec)
     for name in ("rank_pattern", "alpha_pattern"):
         for key in getattr(spec, name):
             patterns.compile_suffix(name, key)

@@ -15,9 +15,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from loquetier.adapters.methods import LORA_METHOD
+from loquetier.adapters.methods.method import Method, WeightTable
 from loquetier.base.kv_cache import KVCache
 from loquetier.kernels.dropout import DropoutRows
-from loquetier.kernels.reference import FactorTable, Segment
+from loquetier.kernels.reference import Segment
+
+MethodRows = tuple[tuple[Method, tuple[Segment, ...]], ...]
+"""The methods of a step, each with its segments."""
 
 
 class PrefillSpan(NamedTuple):
@@ -102,9 +107,11 @@ class StepContext:
     num_train: int = 0
     segments: tuple[Segment, ...] = ()
     """Rows that run on an adapter; rows in no segment are base rows."""
-    factors: FactorTable = field(default_factory=dict)
-    grads: FactorTable = field(default_factory=dict)
+    factors: WeightTable = field(default_factory=dict)
+    grads: WeightTable = field(default_factory=dict)
     """Float32 gradient buffers of the train segments' slots."""
+    methods: Mapping[int, Method] = field(default_factory=dict)
+    """By slot; a slot that is not there is LoRA's."""
     spans: tuple[tuple[int, int], ...] = ()
     """TRAIN and EVAL sequences as ``[start, stop)``, train first."""
     prefill: tuple[PrefillSpan, ...] = ()
@@ -126,6 +133,19 @@ class StepContext:
     def train_segments(self) -> tuple[Segment, ...]:
         """The segments inside the train rows. Segments never straddle the border: kinds come before adapters."""
         return tuple(s for s in self.segments if s.stop <= self.num_train)
+
+    @cached_property
+    def method_rows(self) -> MethodRows:
+        """The segments by method, each in row order."""
+        found: dict[Method, list[Segment]] = {}
+        for s in self.segments:
+            found.setdefault(self.methods.get(s.slot, LORA_METHOD), []).append(s)
+        return tuple((method, tuple(own)) for method, own in found.items())
+
+    @cached_property
+    def train_segments_by_method(self) -> tuple[tuple[Segment, ...], ...]:
+        """For each of `method_rows`, the part of its segments that lies inside the train rows."""
+        return tuple(tuple(s for s in own if s.stop <= self.num_train) for _, own in self.method_rows)
 
     def trains(self, modules: Mapping[int, object] | tuple[int, ...]) -> bool:
         """True when a train segment's adapter has weights on one of these modules."""

@@ -1,6 +1,6 @@
-"""The base's linears: one GEMM over all rows, plus each segment's LoRA delta, with a backward for train rows only.
+"""The base's linears: one GEMM over all rows, plus each segment's adapter, with a backward for train rows only.
 
-LoRA weights are not autograd inputs. Their gradients are added in place to the step's float32 buffers when the
+Adapters' weights are not autograd inputs. Their gradients are added in place to the step's float32 buffers when the
 backward passes, so the number of adapters in a step changes no graph, and a job's rows reach only its own buffers.
 """
 
@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from loquetier.adapters.methods.method import Site
 from loquetier.base.context import Binding, StepContext
 from loquetier.errors import UnsupportedModelError
-from loquetier.kernels.dropout import dropout_backward, dropout_forward
-from loquetier.kernels.reference import smlm_backward, smlm_forward
 
 
 class Member(NamedTuple):
@@ -25,6 +24,10 @@ class Member(NamedTuple):
     module: int
     start: int
     stop: int
+
+
+Kept = list[Any]
+"""What `Method.forward` returned, member by member, and for each in the order of `StepContext.method_rows`."""
 
 
 class LinearGroup:
@@ -38,9 +41,15 @@ class LinearGroup:
         self.adapted = tuple(m for m in self.members if m.module >= 0)
         self.weight_NK = linears[0].weight if len(linears) == 1 else _concatenate(linears)
         self.bias_N = _concatenate_bias(linears)
+        self.sites = tuple((self._site(m), m.start, m.stop) for m in self.adapted)
+        """What the methods know of each of `adapted`, and its columns of the output."""
         self._input: Tensor | None = None
         self._output: Tensor | None = None
         self._handed_out = 0
+
+    def _site(self, m: Member) -> Site:
+        bias_N = None if self.bias_N is None else self.bias_N[m.start : m.stop]
+        return Site(m.module, self.weight_NK[m.start : m.stop], bias_N, len(self.members) == 1)
 
     def member_output(self, x: Tensor, member: int) -> Tensor:
         """Columns of this member for input `x`; the GEMM runs when the first member asks with a new tensor."""
@@ -57,7 +66,7 @@ class LinearGroup:
         return out
 
     def apply(self, x: Tensor) -> Tensor:
-        """``x [..., K] -> [..., N]``: base plus deltas."""
+        """``x [..., K] -> [..., N]``: base and adapters."""
         step = self.binding.step
         if step is None or not self._has_adapter_rows(step):
             if step is not None and step.num_train and torch.is_grad_enabled() and x.requires_grad:
@@ -71,7 +80,7 @@ class LinearGroup:
         if step.num_train and torch.is_grad_enabled() and x.requires_grad:
             return self._differentiable(x, step)
         y = F.linear(x, self.weight_NK, self.bias_N)
-        self.add_deltas(x.reshape(step.num_rows, -1), y.view(step.num_rows, -1), step)
+        self.adapt(x.reshape(step.num_rows, -1), y.view(step.num_rows, -1), step, 0)
         return y
 
     def _differentiable(self, x: Tensor, step: StepContext) -> Tensor:
@@ -83,14 +92,38 @@ class LinearGroup:
     def _has_adapter_rows(self, step: StepContext) -> bool:
         return any(m.module in step.factors[s.slot] for s in step.segments for m in self.adapted)
 
-    def add_deltas(self, x_MK: Tensor, y_MN: Tensor, step: StepContext) -> None:
-        """``y += delta`` for every segment and member, in place."""
-        for m in self.adapted:
-            y_member = y_MN[:, m.start : m.stop]
-            if step.dropout is None:
-                smlm_forward(x_MK, y_member, m.module, step.segments, step.factors)
-            else:
-                dropout_forward(x_MK, y_member, m.module, step.segments, step.factors, step.dropout)
+    def adapt(self, x_MK: Tensor, y_MN: Tensor, step: StepContext, num_kept: int) -> Kept:
+        """Every method on its segments and every member, in place; what `backward` needs of rows ``[0, num_kept)``."""
+        kept: Kept = []
+        rows, table, dropout = step.method_rows, step.factors, step.dropout
+        for site, start, stop in self.sites:
+            y_member = y_MN[:, start:stop]
+            for method, segments in rows:
+                kept.append(method.forward(site, x_MK, y_member, segments, table, dropout, num_kept))
+        return kept
+
+    def base_gradient(self, dy_TN: Tensor, step: StepContext) -> Tensor:
+        """Gradient of the base's own output: `dy_TN` itself unless a method in training changes that output."""
+        by_method = zip(step.method_rows, step.train_segments_by_method, strict=True)
+        changing = [(method, own) for (method, _), own in by_method if own and method.changes_base_output]
+        if not changing:
+            return dy_TN
+        dy_TN = dy_TN.clone()
+        for site, start, stop in self.sites:
+            for method, segments in changing:
+                method.base_gradient(site, dy_TN[:, start:stop], segments, step.factors, step.dropout)
+        return dy_TN
+
+    def backward(self, x_TK: Tensor, dy_TN: Tensor, dx_TK: Tensor, step: StepContext, kept: Kept) -> None:
+        """Every method's gradients, and its part of `dx_TK`, in place."""
+        own = iter(kept)
+        for site, start, stop in self.sites:
+            dy_member = dy_TN[:, start:stop]
+            for (method, _), segments in zip(step.method_rows, step.train_segments_by_method, strict=True):
+                kept_here = next(own)
+                if segments:
+                    where = (segments, step.factors, step.grads, step.dropout, kept_here)
+                    method.backward(site, x_TK, dy_member, dx_TK, *where)
 
 
 class _UnifiedLinear(torch.autograd.Function):
@@ -101,7 +134,7 @@ class _UnifiedLinear(torch.autograd.Function):
         num_rows, num_train = step.num_rows, step.num_train
         y = F.linear(x, group.weight_NK, group.bias_N)
         x_MK = x.reshape(num_rows, -1)
-        group.add_deltas(x_MK, y.view(num_rows, -1), step)
+        ctx.kept = group.adapt(x_MK, y.view(num_rows, -1), step, num_train)
         ctx.group, ctx.step, ctx.shape = group, step, x.shape
         ctx.has_input = step.trains(tuple(m.module for m in group.adapted))
         if ctx.has_input:
@@ -116,16 +149,10 @@ class _UnifiedLinear(torch.autograd.Function):
         partial = num_train < step.num_rows
         dx = dy_TN.new_zeros(ctx.shape) if partial else dy_TN.new_empty(ctx.shape)
         dx_TK = dx.view(step.num_rows, -1)[:num_train]
-        torch.mm(dy_TN, group.weight_NK, out=dx_TK)
+        torch.mm(group.base_gradient(dy_TN, step), group.weight_NK, out=dx_TK)
         if ctx.has_input:
             (x_TK,) = ctx.saved_tensors
-            for m in group.adapted:
-                dy_member = dy_TN[:, m.start : m.stop]
-                where = (m.module, step.train_segments, step.factors, step.grads)
-                if step.dropout is None:
-                    smlm_backward(x_TK, dy_member, dx_TK, *where)
-                else:
-                    dropout_backward(x_TK, dy_member, dx_TK, *where, step.dropout)
+            group.backward(x_TK, dy_TN, dx_TK, step, ctx.kept)
         return dx, None, None
 
 

@@ -51,6 +51,8 @@ class Base:
         layers = list(decoder_layers(model))
         self._layers = layers
         swap_linears(model, self.targets, self._binding)
+        linears = {t.index: model.get_submodule(t.path) for t in self.targets}
+        self._weights: dict[int, Any] = {index: linear.weight for index, linear in linears.items()}
         limit_row_modules(model, layers, self._binding)
         cut_layers(layers, self._binding)
         model.set_attn_implementation(ATTENTION_NAME)
@@ -60,6 +62,11 @@ class Base:
         """Bytes that a graph tape keeps per TRAIN row, estimated from the layers' shapes."""
         self._stack = decoder_stack(model)
         self._head = _head_only(model, self._stack)
+
+    def weight(self, module: int) -> Tensor:
+        """The weight ``[out, in]`` of the linear with this index, in the base's dtype. Never to be written."""
+        weight_NK: Tensor = self._weights[module]
+        return weight_NK
 
     def new_cache(self, num_pages: int, page_size: int) -> KVCache:
         """An empty KV cache of this base's shape."""

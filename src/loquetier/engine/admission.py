@@ -68,7 +68,8 @@ class Admission:
         """What training takes of `train_memory` with a graph tape of so many rows."""
         needs = self._admitted.values()
         trained = frozenset[int]().union(*(n.trained for n in needs))
-        return self._state_bytes + self.model.activations("graph", rows, sum(n.labels for n in needs), trained)
+        kept, labels = max((n.kept for n in needs), default=0), sum(n.labels for n in needs)
+        return self._state_bytes + self.model.activations("graph", rows, labels, trained, kept)
 
     @property
     def num_pinned(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -12,12 +12,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from loquetier.adapters.methods.method import Method, WeightTable
 from loquetier.base.context import DecodeRows, LayerCuts, PrefillSpan, StepContext
 from loquetier.base.kv_cache import TRASH_PAGE, KVCache
 from loquetier.engine.rows import BASE_SLOT, PrefillChunk, StepPlan, TrainItem
 from loquetier.engine.rows import Sequence as TokenSequence
 from loquetier.kernels.dropout import DropoutRows
-from loquetier.kernels.reference import FactorTable, Segment
+from loquetier.kernels.reference import Segment
 from loquetier.training.data import Example
 from loquetier.training.loss import LabelledRows
 
@@ -115,11 +116,12 @@ class _Layout:
 def build_batch(
     plan: StepPlan,
     example_of: ExampleOf,
-    factors: FactorTable,
-    grads: FactorTable,
+    factors: WeightTable,
+    grads: WeightTable,
     cache: KVCache,
     cuts: LayerCuts | None,
     dropout: DropoutPlan | None = None,
+    methods: Mapping[int, Method] | None = None,
 ) -> Batch:
     """Lay a plan's rows out as ``[TRAIN | EVAL | PREFILL | DECODE]``.
 
@@ -128,6 +130,7 @@ def build_batch(
         factors, grads: what the step's segments read and accumulate into.
         cuts: the tape that records the TRAIN rows; None when there are none.
         dropout: of the TRAIN rows; None when none of their jobs drops.
+        methods: by slot; None or a slot that is not there is LoRA's.
     """
     layout = _lay_out(plan, example_of)
     ids_M, positions_M, on_device = _send(plan, layout, cache, dropout)
@@ -137,6 +140,7 @@ def build_batch(
         segments=tuple(s for s in layout.draft.segments if s.slot != BASE_SLOT),
         factors=factors,
         grads=grads,
+        methods=methods or {},
         spans=layout.spans,
         cache=cache,
         cache_start=layout.cache_start,
@@ -223,6 +227,7 @@ def head_step(step: StepContext, rows: Int64s, head_module: int | None, *, with_
         segments=tuple(segments),
         factors=step.factors,
         grads=step.grads,
+        methods=step.methods,
         dropout=step.dropout.at(rows) if with_grad and step.dropout else None,
     )
 

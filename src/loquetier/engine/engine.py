@@ -103,7 +103,7 @@ class Engine:
         # On a CPU adapters stay in float32 beside a bfloat16 base, as PEFT keeps them: torch's small bf16 GEMMs cost
         # ten times its float32 ones there, and what is served is then to the bit what was trained.
         adapter_dtype = torch.float32 if base.device.type == "cpu" else base.dtype
-        self.arena = Arena(config.adapter_memory, adapter_dtype, base.device)
+        self.arena = Arena(config.adapter_memory, adapter_dtype, base.device, base.weight)
         self.registry = AdapterRegistry(base.name, self.arena.free, config.keep_versions)
         self.arena.reclaim = self.registry.drop_oldest_kept
         self.allocator = BlockAllocator(num_pages, config.page_size)
@@ -157,7 +157,14 @@ class Engine:
         if plan.num_rows:
             cuts, dropout = trainer.open_tape(plan, self.config.train_window), trainer.dropout(plan)
             batch = build_batch(
-                plan, trainer.example_of, self.arena.factors, trainer.grads(), self.cache, cuts, dropout
+                plan,
+                trainer.example_of,
+                self.arena.factors,
+                trainer.grads(),
+                self.cache,
+                cuts,
+                dropout,
+                self.arena.methods,
             )
             hidden_MD = self.base.hidden(batch.ids_M, batch.positions_M, batch.step)
             sampled = serving.sample(batch, hidden_MD)

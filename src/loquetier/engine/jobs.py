@@ -14,9 +14,8 @@ from itertools import count
 from torch import Tensor
 
 from loquetier.adapters.arena import num_elements
-from loquetier.adapters.init import initialize_slot
 from loquetier.adapters.registry import AdapterRegistry, check_name
-from loquetier.adapters.spec import LoraSpec, ModulePlan, resolve_modules
+from loquetier.adapters.spec import AdapterSpec, ModulePlan, resolve_modules
 from loquetier.config import TrainingConfig
 from loquetier.engine.admission import Admission, Ticket
 from loquetier.engine.rows import TrainItem
@@ -115,7 +114,7 @@ class Jobs:
     def start(
         self,
         name: str,
-        spec: LoraSpec,
+        spec: AdapterSpec,
         config: TrainingConfig,
         examples: tuple[Example, ...],
         eval_examples: tuple[Example, ...],
@@ -142,7 +141,7 @@ class Jobs:
         self._queue_up(job, self._prepared(job, examples, eval_examples, saves, start_from=start_from), listener)
         return job
 
-    def reserve(self, name: str, spec: LoraSpec, config: TrainingConfig, listener: JobListener) -> FinetuneJob:
+    def reserve(self, name: str, spec: AdapterSpec, config: TrainingConfig, listener: JobListener) -> FinetuneJob:
         """A job whose data is still being read: `supply` or `refuse` it later. Raises as `start`."""
         self._check_trainable(name)
         resolve_modules(spec, self.trainer.base.targets)
@@ -296,13 +295,15 @@ class Jobs:
         """The job's first weights, and its optimizer."""
         job, arena = ticket.job, self.trainer.arena
         if ticket.source is not None:
-            arena.flat(slot).copy_(arena.flat(ticket.source.slot))
+            arena.copy(ticket.source.slot, slot)
         elif ticket.image is None:
-            initialize_slot(arena.factors[slot], ticket.modules, job.config.seed)
+            arena.methods[slot].initialize(arena.factors[slot], ticket.modules, job.config.seed, arena.base_weight)
+            arena.refresh(slot)
         optimizer = AdapterOptimizer(arena.flat(slot), ticket.modules, job.config)
         job.give_memory(slot, optimizer)
         if ticket.image is not None:
             job.restore(ticket.image)
+            arena.refresh(slot)
 
     def _catch_up(self, job: FinetuneJob, served: tuple[Tensor, int] | None) -> None:
         """What the last step of a resumed job may still owe."""
@@ -336,9 +337,9 @@ class Jobs:
         held = self.trainer.arena.modules(slot) if slot >= 0 else ()
         if held != modules:
             raise ConfigError(
-                f"start_from={model!r}: its modules, ranks or scales ({len(held)} modules, {num_elements(held)} "
-                f"weights) differ from the job's ({len(modules)} modules, {num_elements(modules)} weights); "
-                "use the same LoraSpec"
+                f"start_from={model!r}: its method, modules, ranks or scales ({len(held)} modules, "
+                f"{num_elements(held)} weights) differ from the job's ({len(modules)} modules, "
+                f"{num_elements(modules)} weights); use the same spec"
             )
 
     def set_status(self, job: FinetuneJob, status: JobStatus, reason: str | None = None) -> None:
@@ -455,7 +456,11 @@ class Jobs:
         self.fail_point("job.before_publish")
         started = time.perf_counter()
         slot = self.trainer.arena.allocate(self.trainer.arena.modules(job.slot), zeroed=False)
-        self.trainer.arena.flat(slot).copy_(self.trainer.arena.flat(job.slot) if weights is None else weights)
+        if weights is None:
+            self.trainer.arena.copy(job.slot, slot)
+        else:
+            self.trainer.arena.flat(slot).copy_(weights)
+            self.trainer.arena.refresh(slot)
         version = self.registry.publish(job.name, slot, job.spec, self.template_fingerprint)
         job.versions[job.num_steps if step is None else step] = version.number
         if weights is None:

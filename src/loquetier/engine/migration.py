@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from loquetier.adapters.spec import LoraSpec, resolve_modules
+from loquetier.adapters.spec import AdapterSpec, LoraSpec, resolve_modules
 from loquetier.engine.engine import Engine
 from loquetier.engine.trainer import JobListener
 from loquetier.errors import AdapterInUseError, AdapterMismatchError, AdapterNotFoundError, JobStateError
@@ -22,9 +22,9 @@ class AdapterImage:
 
     name: str
     base_fingerprint: str
-    spec: LoraSpec
-    factors: dict[str, tuple[Tensor, Tensor]] | None
-    """By module path, A ``[r, in]`` and B ``[out, r]``, as served last; None when nothing was published yet."""
+    spec: AdapterSpec
+    factors: dict[str, tuple[Tensor, ...]] | None
+    """By module path, in PEFT's orientation, as served last; None when nothing was published yet."""
     job: JobImage | None
     """Its job, if it was in training."""
     template_fingerprint: str | None = None

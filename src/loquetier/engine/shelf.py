@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from loquetier.adapters.arena import Arena
+from loquetier.adapters.orientation import PeftTensors, from_peft, to_peft
 from loquetier.adapters.registry import AdapterRegistry, AdapterVersion
-from loquetier.adapters.spec import LoraSpec, ModulePlan
+from loquetier.adapters.spec import LORA, AdapterSpec, ModulePlan
 from loquetier.errors import ConfigError
 
 
@@ -24,23 +24,20 @@ class AdapterShelf:
     def load(
         self,
         name: str,
-        spec: LoraSpec,
+        spec: AdapterSpec,
         modules: tuple[ModulePlan, ...],
-        factors: Mapping[str, tuple[Tensor, Tensor]],
+        factors: PeftTensors,
         template_fingerprint: str | None = None,
     ) -> AdapterVersion:
-        """Put an adapter's factors (A ``[r, in]``, B ``[out, r]`` by path) into a slot and serve it as `name`.
+        """Put an adapter's tensors (LoRA: A ``[r, in]``, B ``[out, r]`` by path) into a slot and serve it as `name`.
 
         Raises:
             AdapterExistsError, ConfigError, OutOfAdapterMemoryError: nothing changed.
         """
         self.registry.check_free(name)
         slot = self.arena.allocate(modules)
-        for module in modules:
-            a_RK, b_NR = factors[module.target.path]
-            view = self.arena.factors[slot][module.target.index]
-            view.a_RK.copy_(a_RK)
-            view.b_RN.copy_(b_NR.T)
+        from_peft(factors, self.arena.flat(slot), modules)
+        self.arena.refresh(slot)
         return self.registry.add(name, slot, spec, template_fingerprint)
 
     def digest(self, model: str) -> str:
@@ -55,7 +52,8 @@ class AdapterShelf:
         if version.digest is None:
             digest = hashlib.sha256()
             for m in self.arena.modules(version.slot):
-                digest.update(f"{m.target.path} {m.rank} {m.scale!r}\n".encode())
+                method = "" if m.method == LORA else f" {m.method} {m.form}"
+                digest.update(f"{m.target.path} {m.rank} {m.scale!r}{method}\n".encode())
             weights = self.arena.flat(version.slot).float().cpu().contiguous()
             digest.update(weights.numpy().tobytes())
             version.digest = digest.hexdigest()
@@ -65,18 +63,10 @@ class AdapterShelf:
         """The name stops answering at once; memory is freed when the last request on it has ended."""
         return self.registry.remove(name)
 
-    def factors(self, model: str) -> tuple[AdapterVersion, tuple[ModulePlan, ...], dict[str, tuple[Tensor, Tensor]]]:
-        """A copy of a version's weights in PEFT's orientation (A ``[r, in]``, B ``[out, r]``), on the CPU."""
+    def factors(self, model: str) -> tuple[AdapterVersion, tuple[ModulePlan, ...], dict[str, tuple[Tensor, ...]]]:
+        """A copy of a version's weights in PEFT's orientation (LoRA: A ``[r, in]``, B ``[out, r]``), on the CPU."""
         version = self.registry.resolve(model)
         if version.slot < 0:
             raise ConfigError(f"{model!r} is the base: it has no adapter weights to export")
         modules = self.arena.modules(version.slot)
-        views = self.arena.factors[version.slot]
-        factors = {
-            m.target.path: (
-                views[m.target.index].a_RK.detach().cpu().clone(),
-                views[m.target.index].b_RN.detach().T.contiguous().cpu().clone(),
-            )
-            for m in modules
-        }
-        return version, modules, factors
+        return version, modules, to_peft(self.arena.flat(version.slot), modules)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
 
 from loquetier.adapters.arena import Arena
+from loquetier.adapters.methods.method import WeightTable
 from loquetier.base.model import Base
 from loquetier.engine.batch import Batch, DropoutPlan, Int64s, Labels, head_step
 from loquetier.engine.rows import StepPlan, TrainItem
 from loquetier.errors import LoquetierError
 from loquetier.kernels.dropout import row_keys
-from loquetier.kernels.reference import Factors
 from loquetier.training.data import Example
 from loquetier.training.job import EvalResult, EvalTask, FinetuneJob, JobStatus, StepRecord
 from loquetier.training.loss import linear_cross_entropy
@@ -116,7 +116,7 @@ class Trainer:
         ]
         return DropoutPlan({job.slot: job.spec.dropout for job in dropping.values()}, np.concatenate(keys))
 
-    def grads(self) -> Mapping[int, Mapping[int, Factors]]:
+    def grads(self) -> WeightTable:
         """Gradient buffers of every job's slot."""
         return {job.slot: job.optimizer.grad_views for job in self.jobs.values()}
 
@@ -168,7 +168,11 @@ class Trainer:
     def optimize(self) -> list[tuple[FinetuneJob, StepRecord]]:
         """Optimizer steps of the jobs whose accumulation is complete. A skipped one changes no weights."""
         ready = [job for job in self.jobs.values() if job.is_step_ready and not job.status.is_final]
-        return [(job, job.optimizer_step()) for job in ready]
+        done = []
+        for job in ready:
+            done.append((job, job.optimizer_step()))
+            self.arena.refresh(job.slot)
+        return done
 
     def finished_evaluations(self) -> list[tuple[EvalTask, Callable[[EvalResult | LoquetierError], None]]]:
         """Evaluations whose last example is done; they are forgotten here."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from loquetier.adapters.spec import LoraSpec
+from loquetier.adapters.spec import AdapterSpec
 from loquetier.config import TrainingConfig
 from loquetier.errors import LoquetierError
 from loquetier.training.job import EvalResult, JobStatus, StepRecord
@@ -19,7 +19,7 @@ class JobStart:
 
     job_name: str
     config: TrainingConfig
-    spec: LoraSpec
+    spec: AdapterSpec
     total_steps: int
     num_examples: int
     num_eval_examples: int

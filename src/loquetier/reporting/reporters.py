@@ -88,7 +88,7 @@ class MetricsReporter:
 def settings(start: JobStart) -> dict[str, object]:
     """A job's settings, flat, for a run's configuration."""
     sizes = {"total_steps": start.total_steps, "num_examples": start.num_examples}
-    return {**asdict(start.config), **{f"lora/{k}": v for k, v in asdict(start.spec).items()}, **sizes}
+    return {**asdict(start.config), **{f"{start.spec.method}/{k}": v for k, v in asdict(start.spec).items()}, **sizes}
 
 
 def _tensorboard(module: Any) -> MetricsReporter:

@@ -28,11 +28,12 @@ import transformers
 from torch import Tensor
 
 import loquetier
-from loquetier.adapters.arena import factor_views, num_elements
+from loquetier.adapters.arena import num_elements
 from loquetier.adapters.durable import fsync_directory, write_file
+from loquetier.adapters.orientation import PeftTensors, from_peft, to_peft
 from loquetier.adapters.peft_io import read_adapter
 from loquetier.adapters.peft_write import CONFIG_NAME, WEIGHTS_NAME, write_adapter
-from loquetier.adapters.spec import LinearTarget, LoraSpec, ModulePlan, resolve_modules
+from loquetier.adapters.spec import AdapterSpec, LinearTarget, ModulePlan, resolve_modules
 from loquetier.config import TrainingConfig
 from loquetier.errors import AdapterError, AdapterMismatchError, CheckpointError, ConfigError
 from loquetier.failpoints import FailPoint, no_fail_point
@@ -43,6 +44,7 @@ from loquetier.training.checkpoint_state import (
     decode_spec,
     differences,
     encode_image,
+    encode_spec,
 )
 from loquetier.training.example import Example
 from loquetier.training.job import JobImage
@@ -58,7 +60,7 @@ class JobIdentity:
     """What a job must share with a checkpoint to go on from it."""
 
     name: str
-    spec: LoraSpec
+    spec: AdapterSpec
     config: TrainingConfig
     data: DataDigest
     base_fingerprint: str
@@ -92,7 +94,7 @@ def write_checkpoint(
     temporary = directory.with_name(f".{directory.name}.tmp-{secrets.token_hex(8)}")
     fail_point("checkpoint.before_write")
     try:
-        factors = _peft_factors(image.master, modules)
+        factors = to_peft(image.master, modules)
         write_adapter(
             temporary,
             spec=image.spec,
@@ -209,7 +211,8 @@ def _check_identity(directory: Path, state: Mapping[str, Any], identity: JobIden
     job = state["job"]
     found = differences("job", {"name": identity.name}, {"name": job["name"]})
     found += differences("training", asdict(identity.config), job["config"])
-    found += differences("lora", asdict(identity.spec), job["spec"])
+    # Decoded and encoded again: an older checkpoint lacks the fields that came later, at their defaults.
+    found += differences("lora", encode_spec(identity.spec), encode_spec(decode_spec(job["spec"])))
     found += differences("data", asdict(identity.data), state["data"])
     fingerprint = {"fingerprint": identity.base_fingerprint}
     found += differences("base", fingerprint, {"fingerprint": state["base"]["fingerprint"]})
@@ -220,21 +223,12 @@ def _check_identity(directory: Path, state: Mapping[str, Any], identity: JobIden
         )
 
 
-def _peft_factors(master: Tensor, modules: tuple[ModulePlan, ...]) -> dict[str, tuple[Tensor, Tensor]]:
-    """By path, A ``[r, in]`` and B ``[out, r]``."""
-    views = factor_views(master, modules)
-    return {m.target.path: (views[m.target.index].a_RK, views[m.target.index].b_RN.T.contiguous()) for m in modules}
-
-
-def _flat(factors: Mapping[str, tuple[Tensor, Tensor]], modules: tuple[ModulePlan, ...]) -> Tensor:
+def _flat(tensors: PeftTensors, modules: tuple[ModulePlan, ...]) -> Tensor:
+    for path, own in tensors.items():
+        if odd := next((t.dtype for t in own if t.dtype != torch.float32), None):
+            raise AdapterMismatchError(f"{path}: {odd} weights; a checkpoint holds float32")
     flat = torch.empty(num_elements(modules))
-    views = factor_views(flat, modules)
-    for module in modules:
-        a_RK, b_NR = factors[module.target.path]
-        if a_RK.dtype != torch.float32 or b_NR.dtype != torch.float32:
-            raise AdapterMismatchError(f"{module.target.path}: {a_RK.dtype} weights; a checkpoint holds float32")
-        views[module.target.index].a_RK.copy_(a_RK)
-        views[module.target.index].b_RN.copy_(b_NR.T)
+    from_peft(tensors, flat, modules)
     return flat
 
 

@@ -12,7 +12,8 @@ from typing import Any, Final
 import numpy as np
 from torch import Tensor
 
-from loquetier.adapters.spec import LoraSpec
+from loquetier.adapters.methods import find_method
+from loquetier.adapters.spec import LORA, AdapterSpec, LoraSpec
 from loquetier.config import TrainingConfig
 from loquetier.errors import CheckpointError, LoquetierError
 from loquetier.training.example import Example
@@ -49,7 +50,7 @@ def encode_image(image: JobImage) -> dict[str, Any]:
     """Everything of an image that is neither a tensor nor an example, as plain JSON values."""
     state = {f.name: getattr(image, f.name) for f in fields(image) if f.name not in _ELSEWHERE}
     state |= {
-        "spec": asdict(image.spec),
+        "spec": encode_spec(image.spec),
         "config": asdict(image.config),
         "status": image.status.value,
         "history": [asdict(record) for record in image.history],
@@ -89,10 +90,28 @@ def decode_image(
         raise CheckpointError(f"its state is not one that this version reads ({error})") from error
 
 
-def decode_spec(state: Mapping[str, Any]) -> LoraSpec:
-    """A spec from its JSON form, whose lists were tuples."""
+def encode_spec(spec: AdapterSpec) -> dict[str, Any]:
+    """A spec's fields, and its method where they are not LoRA's (or DoRA's, which has a field to say so)."""
+    named = {} if isinstance(spec, LoraSpec) else {"method": spec.method}
+    return {**named, **asdict(spec)}
+
+
+def decode_spec(state: Mapping[str, Any]) -> AdapterSpec:
+    """A spec from its JSON form, whose lists were tuples.
+
+    Raises:
+        CheckpointError: of a method or with a field that this version does not know.
+    """
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in state.items()}
-    return LoraSpec(**values)
+    name = values.pop("method", LORA)
+    method = find_method(name)
+    if method is None:
+        raise CheckpointError(f"its adapter is of method {name!r}, which this version does not have")
+    try:
+        spec: AdapterSpec = method.spec_type(**values)
+    except (TypeError, LoquetierError) as error:
+        raise CheckpointError(f"its spec is not one that this version reads ({error})") from error
+    return spec
 
 
 def canonical(value: object) -> bytes:

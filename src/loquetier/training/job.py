@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from loquetier.adapters.spec import LoraSpec
+from loquetier.adapters.spec import AdapterSpec
 from loquetier.config import TrainingConfig
 from loquetier.engine.rows import TrainItem
 from loquetier.errors import LoquetierError
@@ -118,7 +118,7 @@ class JobImage:
     """A job's whole state between two tapes, independent of engine, slot and device."""
 
     name: str
-    spec: LoraSpec
+    spec: AdapterSpec
     config: TrainingConfig
     examples: tuple[Example, ...]
     eval_examples: tuple[Example, ...]
@@ -148,7 +148,7 @@ class FinetuneJob:
         self,
         job_id: int,
         name: str,
-        spec: LoraSpec,
+        spec: AdapterSpec,
         config: TrainingConfig,
         examples: tuple[Example, ...] = (),
         eval_examples: tuple[Example, ...] = (),

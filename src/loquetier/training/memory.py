@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from loquetier.adapters.arena import num_elements, slot_elements
+from loquetier.adapters.methods import slot_method
 from loquetier.adapters.spec import ModulePlan
 from loquetier.base.footprint import LayerFootprint
 from loquetier.config import TrainingConfig
@@ -82,6 +83,8 @@ class MemoryNeeds:
     estimate: MemoryEstimate
     trained: frozenset[int]
     """Indices of its modules."""
+    kept: int
+    """Floats per TRAIN row that its method keeps on a graph tape, beside what the base keeps."""
     sizes: tuple[int, ...]
     """Rows of the examples of its largest optimizer step, descending."""
     labels: int
@@ -148,18 +151,19 @@ class MemoryModel:
             "data": sum(len(e.tokens) * _TOKEN + e.num_labels * _LABEL for e in every) * self.host_is_device,
         }
         rows = largest_fill(sizes, self.max_train_rows)
-        tape = self.tape or self._auto(rows, labels, trained, sum(state.values()))
+        kept = sum(slot_method(modules).kept_per_row(m) for m in modules)
+        tape = self.tape or self._auto(rows, labels, trained, kept, sum(state.values()))
         estimate = MemoryEstimate(
             slot=slot,
             published=slot,
             publishing=slot * replaces,
-            activations=self.activations(tape, rows, labels, trained),
+            activations=self.activations(tape, rows, labels, trained, kept),
             loss=self._loss(min(rows, labels, self.max_train_rows)),
             tape=tape,
             rows=rows,
             **state,
         )
-        return MemoryNeeds(estimate=estimate, trained=trained, sizes=sizes, labels=labels)
+        return MemoryNeeds(estimate=estimate, trained=trained, kept=kept, sizes=sizes, labels=labels)
 
     def smallest(self, needs: MemoryNeeds, others: Iterable[MemoryNeeds] = ()) -> int:
         """Bytes of `train_memory` that this job and the others take together, on the smaller tape if there is a choice.
@@ -171,10 +175,11 @@ class MemoryModel:
         rows, labels = largest_fill(sizes, self.max_train_rows), sum(n.labels for n in jobs)
         trained = frozenset().union(*(n.trained for n in jobs))
         kinds: tuple[TapeKind, ...] = ("graph", "replay") if self.tape is None else (self.tape,)
-        least = min(self.activations(kind, rows, labels, trained) for kind in kinds)
+        kept = max(n.kept for n in jobs)
+        least = min(self.activations(kind, rows, labels, trained, kept) for kind in kinds)
         return sum(n.estimate.state for n in jobs) + least
 
-    def activations(self, tape: TapeKind, rows: int, labels: int, trained: frozenset[int]) -> int:
+    def activations(self, tape: TapeKind, rows: int, labels: int, trained: frozenset[int], kept: int) -> int:
         """Peak bytes of one tape with so many TRAIN rows, from its forward to its last unit."""
         in_layers = [self.layer_of[m] for m in trained if m in self.layer_of]
         layers = self.layers[min(in_layers, default=len(self.layers)) :]
@@ -187,11 +192,11 @@ class MemoryModel:
         if tape == "graph":
             # Half of what is written for a score is kept: its tanh and its probability.
             scores = rows * rows * (self.score // 2)
-            kept = rows * (sum(graph) + once) + len(layers) * scores
-            return kept + max(rows * (hidden_bytes + self._backward) + scores // 2, loss, rows * forward)
+            tape_bytes = rows * (sum(graph) + kept * size + once) + len(layers) * scores
+            return tape_bytes + max(rows * (hidden_bytes + self._backward) + scores // 2, loss, rows * forward)
         window = min(self.window, rows)
         inputs = rows * (len(layers) * (self.hidden + self.kv) * size + once + 2 * hidden_bytes)
-        unit = window * (max(graph, default=0) + self._backward + rows * self.score)
+        unit = window * (max(graph, default=0) + kept * size // max(1, len(layers)) + self._backward + rows * self.score)
         forward += rows * self.score // 2
         # K and V of the whole example for its last window's attention, and the float32 gradients of those before.
         past = self.kv * (rows * size + (rows - window) * _FLOAT)
@@ -210,10 +215,10 @@ class MemoryModel:
         logits = 2 * _FLOAT if self.itemsize == _FLOAT else 2 * _FLOAT + 2 * self.itemsize
         return min(CHUNK_ROWS, labels) * (self.vocab * logits + 2 * self.hidden * self.itemsize)
 
-    def _auto(self, rows: int, labels: int, trained: frozenset[int], state: int) -> TapeKind:
+    def _auto(self, rows: int, labels: int, trained: frozenset[int], kept: int, state: int) -> TapeKind:
         if self.train_memory is None:
             return "graph"
-        return "graph" if state + self.activations("graph", rows, labels, trained) <= self.train_memory else "replay"
+        return "graph" if state + self.activations("graph", rows, labels, trained, kept) <= self.train_memory else "replay"
 
 
 def largest_fill(sizes: Iterable[int], most: int) -> int:

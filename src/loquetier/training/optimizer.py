@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from loquetier.adapters.arena import factor_views, num_a_elements, num_elements
 from loquetier.adapters.spec import ModulePlan
 from loquetier.config import TrainingConfig
-from loquetier.kernels.reference import Factors
+from loquetier.errors import ConfigError
 
 
 def learning_rate(config: TrainingConfig, step: int, total_steps: int) -> float:
@@ -40,11 +41,15 @@ class AdapterOptimizer:
         self._working = weights
         self.master = weights if weights.dtype == torch.float32 else weights.float()
         self.grad = torch.zeros_like(self.master)
-        self.grad_views: dict[int, Factors] = factor_views(self.grad, modules)
+        self.grad_views: dict[int, Any] = factor_views(self.grad, modules)
         self._config = config
         ratio = config.loraplus_lr_ratio
-        # LoRA+: A's part of the slot and B's are two parameters; the flat tensors stay what everybody else sees.
+        # LoRA+: A's part of the slot and the rest are two parameters; the flat tensors stay what everybody else sees.
         border = None if ratio is None else num_a_elements(modules)
+        if border == len(self.grad):
+            raise ConfigError(
+                f"loraplus_lr_ratio={ratio}: {modules[0].method} has no B that could learn faster; leave it out"
+            )
         self._parts = [slice(None)] if border is None else [slice(border), slice(border, None)]
         self._ratios = [1.0] if ratio is None else [1.0, ratio]
         # Views of the master rather than itself, so that it keeps no reference to the gradient.
