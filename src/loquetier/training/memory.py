@@ -196,7 +196,8 @@ class MemoryModel:
             return tape_bytes + max(rows * (hidden_bytes + self._backward) + scores // 2, loss, rows * forward)
         window = min(self.window, rows)
         inputs = rows * (len(layers) * (self.hidden + self.kv) * size + once + 2 * hidden_bytes)
-        unit = window * (max(graph, default=0) + kept * size // max(1, len(layers)) + self._backward + rows * self.score)
+        own = max(graph, default=0) + kept * size // max(1, len(layers))
+        unit = window * (own + self._backward + rows * self.score)
         forward += rows * self.score // 2
         # K and V of the whole example for its last window's attention, and the float32 gradients of those before.
         past = self.kv * (rows * size + (rows - window) * _FLOAT)
@@ -218,7 +219,8 @@ class MemoryModel:
     def _auto(self, rows: int, labels: int, trained: frozenset[int], kept: int, state: int) -> TapeKind:
         if self.train_memory is None:
             return "graph"
-        return "graph" if state + self.activations("graph", rows, labels, trained, kept) <= self.train_memory else "replay"
+        peak = state + self.activations("graph", rows, labels, trained, kept)
+        return "graph" if peak <= self.train_memory else "replay"
 
 
 def largest_fill(sizes: Iterable[int], most: int) -> int:
