@@ -11,10 +11,10 @@ PIP_INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 # The stamp carries a checksum of what decides the installation: same files, nothing to do.
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: help install demo serve test crash check fix bench learning
+.PHONY: help install demo serve test test-kernels sanitize wheel crash check fix bench learning
 
 help:
-	@echo "make install | demo | serve | test | crash | check | fix | bench | learning"
+	@echo "make install | demo | serve | test | sanitize | wheel | crash | check | fix | bench | learning"
 
 install: $(STAMP)
 
@@ -36,6 +36,22 @@ serve: install
 
 test: install
 	$(BIN)/python -m pytest -q
+
+# What sits right on the kernels; with LOQUETIER_KERNELS=reference or cpu it runs on that backend alone.
+test-kernels: install
+	$(BIN)/python -m pytest -q tests/unit tests/parity -k "linear or smlm or attention or dropout or logits or isolation or training"
+
+# The C kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer compiled in; says so where cc has neither.
+sanitize: install
+	$(BIN)/python -m tests.sanitize
+
+# A wheel for this machine's kind, with the C kernels compiled: PLATFORM=manylinux_2_28_x86_64 where that is true.
+PLATFORM ?= $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_platform().replace("-", "_").replace(".", "_"))')
+PREBUILT := src/loquetier/kernels/_kernels.so
+wheel: install
+	$(BIN)/python -m loquetier.kernels.build $(PREBUILT)
+	$(BIN)/python -m pip wheel -q --no-deps -w dist --config-settings=--build-option=--plat-name=$(PLATFORM) . ; \
+	  status=$$?; rm -f $(PREBUILT); exit $$status
 
 # Kills a training job 200 times and compares what it ends with; `make test` has a sample of 20.
 crash: install

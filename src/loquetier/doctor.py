@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from loquetier import __version__
-from loquetier.base.gguf_cache import FORMAT, default_cache_dir
+from loquetier.base.gguf_cache import FORMAT
 from loquetier.base.hardware import detect_hardware
 from loquetier.base.presets import PRESETS, Preset, locate_preset
+from loquetier.cache_dir import default_cache_dir
 from loquetier.config import MIB, EngineConfig, resolve
 from loquetier.errors import BaseNotFoundError
 from loquetier.kernels.select import active_kernels
@@ -44,7 +45,7 @@ def report() -> Iterator[Section]:
     """The sections: a title, and (name, what we found) lines."""
     yield "Machine", list(_machine())
     yield "Software", list(_software())
-    yield "Kernels", [(kernel, f"{c.backend} ({c.reason})") for kernel, c in active_kernels().items()]
+    yield "Kernels", [(kernel, f"{c.backend} ({c.reason})") for kernel, c in active_kernels(os.environ).items()]
     yield "Presets", [(name, _preset_state(preset)) for name, preset in PRESETS.items()]
     yield "Plan for smollm2-135m", list(_plan(PRESETS["smollm2-135m"]))
 

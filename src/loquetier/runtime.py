@@ -73,11 +73,12 @@ class Runtime:
         if not isinstance(base, str):
             raise ConfigError(f"base is {type(base).__name__}: must be a preset, a path, or a hub id as a string")
         wanted = given(config, EngineConfig, "config") or EngineConfig()
-        # Memory is counted after the weights are there, so dtype and device are resolved first.
+        # Memory is counted after the weights and their packed copy are there, so dtype and device are resolved first.
         first = resolve(wanted, detect_hardware(wanted.device))
         loaded = load_base(base, dtype=getattr(torch, first.dtype), device=first.device)
+        loaded_base = Base(loaded)
         self.config = resolve(wanted, detect_hardware(wanted.device))
-        self._engine = Engine(Base(loaded), self.config)
+        self._engine = Engine(loaded_base, self.config)
         self.base_name = loaded.name
         self.tokenizer = loaded.tokenizer
         self._loop = EngineLoop(self._engine)

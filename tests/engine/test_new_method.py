@@ -90,7 +90,9 @@ class Shift:
     def derive(self, weights: Any, plan: ModulePlan, base: Any) -> None:
         raise AssertionError("nothing is derived")
 
-    def forward(self, site: Any, x: Tensor, y: Tensor, segments: Any, table: Any, dropout: Any, num_kept: int) -> None:
+    def forward(
+        self, site: Any, x: Tensor, y: Tensor, segments: Any, table: Any, dropout: Any, num_kept: int, plan: Any
+    ) -> None:
         for s in segments:
             if site.module in table[s.slot]:
                 b_N, gain = table[s.slot][site.module]

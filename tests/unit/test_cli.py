@@ -195,7 +195,7 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(
 def test_doctor_names_machine_kernels_and_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("doctor") == 0
     out = capsys.readouterr().out
-    for word in ("cores", "torch", "shrink", "reference", "smollm2-135m", "dtype", "KV cache"):
+    for word in ("cores", "torch", "smlm_forward", "decode_attention", "smollm2-135m", "dtype", "KV cache"):
         assert word in out
     assert [title for title, _ in report()][:3] == ["Machine", "Software", "Kernels"]
 
@@ -204,7 +204,7 @@ def test_only_backends_that_exist_can_be_asked_for(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert set(active_kernels({})) == set(KERNELS)
-    assert "asks for it" in active_kernels({"LOQUETIER_KERNELS": "reference"})["shrink"].reason
+    assert "asks for it" in active_kernels({"LOQUETIER_KERNELS": "reference"})["smlm_forward"].reason
     with pytest.raises(ConfigError, match=r"'warp'.*reference"):
         active_kernels({"LOQUETIER_KERNELS": "warp"})
     monkeypatch.setenv("LOQUETIER_KERNELS", "warp")

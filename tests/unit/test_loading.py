@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import EOS, refused_model, save_tiny, tiny_tokenizer
 
 from loquetier.base import gguf_cache, hardware
-from loquetier.base.gguf_cache import converted_directory, default_cache_dir
+from loquetier.base.gguf_cache import converted_directory
 from loquetier.base.loading import LoadedBase, detect_hardware, load_base
 from loquetier.base.presets import PRESETS, locate_preset
+from loquetier.cache_dir import default_cache_dir
 from loquetier.errors import BaseNotFoundError, ConfigError, UnsupportedModelError
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from transformers import AttentionInterface
 from loquetier.base.context import StepContext
 from loquetier.base.replayed_attention import replayed_rows
 from loquetier.errors import EngineError, UnsupportedModelError
-from loquetier.kernels.attention import MaskRule, decode_attention, span_attention
+from loquetier.kernels.attention import MaskRule, span_attention
+from loquetier.kernels.decode import chunk_attention, decode_attention
 
 ATTENTION_NAME = "loquetier"
 """Value of ``config._attn_implementation`` on every base."""
@@ -90,7 +92,7 @@ def _cached_rows(
 ) -> list[Tensor]:
     cache, first = step.cache, step.cache_start
     assert cache is not None and step.cache_rows is not None
-    if step.fresh_pages is not None:
+    if step.fresh_pages is not None and len(step.fresh_pages):
         cache.clear(layer, step.fresh_pages)
     cache.write(layer, step.cache_rows, k.transpose(0, 1)[first:], v.transpose(0, 1)[first:])
     parts = []
@@ -98,8 +100,9 @@ def _cached_rows(
         if past == 0:
             parts.append(span_attention(q[:, a:b], k[:, a:b], v[:, a:b], scale, rule))
         else:
-            k_PKD, v_PKD = cache.read(layer, pages_B, past + b - a)
-            parts.append(span_attention(q[:, a:b], k_PKD.transpose(0, 1), v_PKD.transpose(0, 1), scale, rule))
+            read = partial(cache.read, layer, pages_B, past + b - a)
+            pages = (cache.keys[layer], cache.values[layer], pages_B)
+            parts.append(chunk_attention(q[:, a:b], *pages, past, read, scale, rule))
     if step.decode is not None:
         d = step.decode
         q_NHD = q.transpose(0, 1)[d.start :]
@@ -108,9 +111,10 @@ def _cached_rows(
             cache.keys[layer],
             cache.values[layer],
             d.pages_NB,
-            d.visible_NP(rule.window),
+            d.positions_N,
+            d.visible_NP,
             scale,
-            rule.softcap,
+            rule,
         )
         parts.append(out_NHD.transpose(0, 1))
     return parts

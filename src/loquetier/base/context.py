@@ -20,9 +20,16 @@ from loquetier.adapters.methods.method import Method, WeightTable
 from loquetier.base.kv_cache import KVCache
 from loquetier.kernels.dropout import DropoutRows
 from loquetier.kernels.reference import Segment
+from loquetier.kernels.smlm import SmlmPlan, SmlmPlans
 
-MethodRows = tuple[tuple[Method, tuple[Segment, ...]], ...]
-"""The methods of a step, each with its segments."""
+
+class MethodRows(NamedTuple):
+    """The segments of a step whose adapters are of one method, in row order."""
+
+    method: Method
+    segments: tuple[Segment, ...]
+    plan: SmlmPlan | None
+    """Pointers of these very segments: a copy of the step with other segments has its own."""
 
 
 class PrefillSpan(NamedTuple):
@@ -108,6 +115,8 @@ class StepContext:
     segments: tuple[Segment, ...] = ()
     """Rows that run on an adapter; rows in no segment are base rows."""
     factors: WeightTable = field(default_factory=dict)
+    smlm_plans: SmlmPlans | None = None
+    """Pointers of `factors`, kept from step to step by their owner; None = looked up at each call."""
     grads: WeightTable = field(default_factory=dict)
     """Float32 gradient buffers of the train segments' slots."""
     methods: Mapping[int, Method] = field(default_factory=dict)
@@ -135,17 +144,26 @@ class StepContext:
         return tuple(s for s in self.segments if s.stop <= self.num_train)
 
     @cached_property
-    def method_rows(self) -> MethodRows:
-        """The segments by method, each in row order."""
+    def method_rows(self) -> tuple[MethodRows, ...]:
+        """The segments by method."""
         found: dict[Method, list[Segment]] = {}
         for s in self.segments:
             found.setdefault(self.methods.get(s.slot, LORA_METHOD), []).append(s)
-        return tuple((method, tuple(own)) for method, own in found.items())
+        return tuple(MethodRows(method, tuple(own), self._plan(tuple(own))) for method, own in found.items())
+
+    def _plan(self, segments: tuple[Segment, ...]) -> SmlmPlan | None:
+        return None if self.smlm_plans is None else self.smlm_plans.of(segments)
+
+    @property
+    def smlm_plan(self) -> SmlmPlan | None:
+        """The plan of all segments if every adapter is a LoRA, else None."""
+        rows = self.method_rows
+        return rows[0].plan if len(rows) == 1 and rows[0].method is LORA_METHOD else None
 
     @cached_property
     def train_segments_by_method(self) -> tuple[tuple[Segment, ...], ...]:
         """For each of `method_rows`, the part of its segments that lies inside the train rows."""
-        return tuple(tuple(s for s in own if s.stop <= self.num_train) for _, own in self.method_rows)
+        return tuple(tuple(s for s in rows.segments if s.stop <= self.num_train) for rows in self.method_rows)
 
     def trains(self, modules: Mapping[int, object] | tuple[int, ...]) -> bool:
         """True when a train segment's adapter has weights on one of these modules."""

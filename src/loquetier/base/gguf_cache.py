@@ -20,20 +20,13 @@ import transformers
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from loquetier.cache_dir import default_cache_dir
 from loquetier.errors import ConfigError, UnsupportedModelError
 
 FORMAT = 2
 """Raise when what is written into the cache changes."""
 COMPLETE = "complete.json"
 """Written last: the sizes of all other files."""
-
-
-def default_cache_dir() -> Path:
-    """LOQUETIER_CACHE, else XDG_CACHE_HOME/loquetier, else ~/.cache/loquetier."""
-    if own := os.environ.get("LOQUETIER_CACHE"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "loquetier"
 
 
 def converted_directory(gguf_file: Path, cache_dir: Path | None = None) -> Path:

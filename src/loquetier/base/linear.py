@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from loquetier.adapters.methods.method import Site
 from loquetier.base.context import Binding, StepContext
+from loquetier.base.gemm import BaseGemm
 from loquetier.errors import UnsupportedModelError
 
 
@@ -43,6 +43,7 @@ class LinearGroup:
         self.bias_N = _concatenate_bias(linears)
         self.sites = tuple((self._site(m), m.start, m.stop) for m in self.adapted)
         """What the methods know of each of `adapted`, and its columns of the output."""
+        self.gemm = BaseGemm(self.weight_NK, self.bias_N)
         self._input: Tensor | None = None
         self._output: Tensor | None = None
         self._handed_out = 0
@@ -71,7 +72,7 @@ class LinearGroup:
         if step is None or not self._has_adapter_rows(step):
             if step is not None and step.num_train and torch.is_grad_enabled() and x.requires_grad:
                 return self._differentiable(x, step)
-            return F.linear(x, self.weight_NK, self.bias_N)
+            return self.gemm(x)
         if x.numel() // x.shape[-1] != step.num_rows:
             raise UnsupportedModelError(
                 f"a linear with an adapter received {x.numel() // x.shape[-1]} rows in a step of {step.num_rows}: "
@@ -79,13 +80,13 @@ class LinearGroup:
             )
         if step.num_train and torch.is_grad_enabled() and x.requires_grad:
             return self._differentiable(x, step)
-        y = F.linear(x, self.weight_NK, self.bias_N)
+        y = self.gemm(x)
         self.adapt(x.reshape(step.num_rows, -1), y.view(step.num_rows, -1), step, 0)
         return y
 
     def _differentiable(self, x: Tensor, step: StepContext) -> Tensor:
         if x.numel() // x.shape[-1] != step.num_rows:  # rows were routed (MoE): plain autograd, nothing adapted here
-            return F.linear(x, self.weight_NK, self.bias_N)
+            return self.gemm(x)
         out: Tensor = _UnifiedLinear.apply(x, self, step)  # type: ignore[no-untyped-call]
         return out
 
@@ -98,14 +99,14 @@ class LinearGroup:
         rows, table, dropout = step.method_rows, step.factors, step.dropout
         for site, start, stop in self.sites:
             y_member = y_MN[:, start:stop]
-            for method, segments in rows:
-                kept.append(method.forward(site, x_MK, y_member, segments, table, dropout, num_kept))
+            for method, segments, plan in rows:
+                kept.append(method.forward(site, x_MK, y_member, segments, table, dropout, num_kept, plan))
         return kept
 
     def base_gradient(self, dy_TN: Tensor, step: StepContext) -> Tensor:
         """Gradient of the base's own output: `dy_TN` itself unless a method in training changes that output."""
         by_method = zip(step.method_rows, step.train_segments_by_method, strict=True)
-        changing = [(method, own) for (method, _), own in by_method if own and method.changes_base_output]
+        changing = [(method, own) for (method, _, _), own in by_method if own and method.changes_base_output]
         if not changing:
             return dy_TN
         dy_TN = dy_TN.clone()
@@ -119,7 +120,7 @@ class LinearGroup:
         own = iter(kept)
         for site, start, stop in self.sites:
             dy_member = dy_TN[:, start:stop]
-            for (method, _), segments in zip(step.method_rows, step.train_segments_by_method, strict=True):
+            for (method, _, _), segments in zip(step.method_rows, step.train_segments_by_method, strict=True):
                 kept_here = next(own)
                 if segments:
                     where = (segments, step.factors, step.grads, step.dropout, kept_here)
@@ -132,7 +133,7 @@ class _UnifiedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: LinearGroup, step: StepContext) -> Tensor:
         num_rows, num_train = step.num_rows, step.num_train
-        y = F.linear(x, group.weight_NK, group.bias_N)
+        y = group.gemm(x)
         x_MK = x.reshape(num_rows, -1)
         ctx.kept = group.adapt(x_MK, y.view(num_rows, -1), step, num_train)
         ctx.group, ctx.step, ctx.shape = group, step, x.shape

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Callable
 from functools import cached_property
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,21 @@ from torch import Tensor, nn
 from loquetier.adapters.spec import LinearTarget
 from loquetier.base.attention import ATTENTION_NAME, STEP_KEYWORD, register
 from loquetier.base.context import Binding, StepContext
+from loquetier.base.decode_stack import DecodeStack
 from loquetier.base.footprint import layer_footprints
+from loquetier.base.fuse import fused_stack
+from loquetier.base.fused import FusedStack
+from loquetier.base.gemm import BaseGemm, FrozenLinear, pack_base
 from loquetier.base.kv_cache import KVCache
+from loquetier.base.linear import VirtualLinear
 from loquetier.base.loading import LoadedBase
 from loquetier.base.support import check_supported, decoder_layers, decoder_stack, linear_targets
 from loquetier.base.surgery import cut_layers, limit_row_modules, swap_linears
+from loquetier.kernels.native_stack import NativeStack
+from loquetier.kernels.rowops import RowOps
+from loquetier.kernels.select import Kernels, process_kernels
+
+T = TypeVar("T")
 
 
 class Base:
@@ -62,6 +73,26 @@ class Base:
         """Bytes that a graph tape keeps per TRAIN row, estimated from the layers' shapes."""
         self._stack = decoder_stack(model)
         self._head = _head_only(model, self._stack)
+        self._take_kernels(process_kernels())
+
+    def _take_kernels(self, kernels: Kernels) -> None:
+        """Put the C kernels where they fit this base and give its own results."""
+        self.packed_bytes = pack_base(self._gemms(), kernels)
+        """Bytes of the weights' copy in the CPU kernel's layout; 0 where torch's GEMM runs."""
+        self.fused: FusedStack | None = None
+        self.decode_stack: DecodeStack | None = None
+        library = kernels.native("row_ops")
+        if library is None or not self.packed_bytes:  # float32 keeps one path: trained and served rows agree to the bit
+            return
+        self.fused = fused_stack(self.loaded.model, self._stack, self._layers, RowOps(library), self._during)
+        if self.fused and kernels.native("smlm_forward") and kernels.native("decode_attention"):
+            self.decode_stack = DecodeStack(self.fused, NativeStack(library))
+
+    def _gemms(self) -> list[BaseGemm]:
+        """Every GEMM of the decoder layers and the head, each once."""
+        modules = [*self._stack.modules(), *self._head.children()]
+        groups = {id(m.group): m.group.gemm for m in modules if isinstance(m, VirtualLinear)}
+        return [*groups.values(), *(m.gemm for m in modules if isinstance(m, FrozenLinear))]
 
     def weight(self, module: int) -> Tensor:
         """The weight ``[out, in]`` of the linear with this index, in the base's dtype. Never to be written."""
@@ -101,6 +132,11 @@ class Base:
 
         With `step.cuts` the graph of the train rows is recorded, cut at each layer's input; without, nothing is.
         """
+        fused = self.fused
+        if fused is not None and step.cuts is None and step.num_train == 0:
+            if self.decode_stack is not None and self.decode_stack.takes(step):
+                return self.decode_stack(ids_M, positions_M, step)
+            return self._during(lambda: fused(ids_M, positions_M, step), step)
         self._binding.step = step
         try:
             with torch.set_grad_enabled(step.cuts is not None):
@@ -115,6 +151,14 @@ class Base:
             self._binding.step = None
         hidden_MD: Tensor = out.last_hidden_state[0]
         return hidden_MD
+
+    def _during(self, call: Callable[[], T], step: StepContext) -> T:
+        """``call()`` while `step` is the running step."""
+        self._binding.step = step
+        try:
+            return call()
+        finally:
+            self._binding.step = None
 
     def run_layer(
         self, layer: int, hidden_1nD: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], step: StepContext
@@ -158,6 +202,10 @@ def _head_only(model: nn.Module, stack: nn.Module) -> nn.Module:
     head._modules = dict(model._modules)
     name = next(n for n, child in model.named_children() if child is stack)
     head._modules[name] = _PassThrough()
+    output = model.get_output_embeddings()  # type: ignore[operator]
+    for child_name, child in model.named_children():
+        if child is output and type(child) is nn.Linear:  # tied to the embeddings: no adapter sits on it
+            head._modules[child_name] = FrozenLinear(child)
     return head
 
 

@@ -19,6 +19,7 @@ from loquetier.engine.rows import BASE_SLOT, PrefillChunk, StepPlan, TrainItem
 from loquetier.engine.rows import Sequence as TokenSequence
 from loquetier.kernels.dropout import DropoutRows
 from loquetier.kernels.reference import Segment
+from loquetier.kernels.smlm import SmlmPlans
 from loquetier.training.data import Example
 from loquetier.training.loss import LabelledRows
 
@@ -122,6 +123,7 @@ def build_batch(
     cuts: LayerCuts | None,
     dropout: DropoutPlan | None = None,
     methods: Mapping[int, Method] | None = None,
+    smlm_plans: SmlmPlans | None = None,
 ) -> Batch:
     """Lay a plan's rows out as ``[TRAIN | EVAL | PREFILL | DECODE]``.
 
@@ -131,6 +133,7 @@ def build_batch(
         cuts: the tape that records the TRAIN rows; None when there are none.
         dropout: of the TRAIN rows; None when none of their jobs drops.
         methods: by slot; None or a slot that is not there is LoRA's.
+        smlm_plans: kept by the owner of `factors` from step to step; None = nothing is kept.
     """
     layout = _lay_out(plan, example_of)
     ids_M, positions_M, on_device = _send(plan, layout, cache, dropout)
@@ -139,6 +142,7 @@ def build_batch(
         num_train=layout.num_train,
         segments=tuple(s for s in layout.draft.segments if s.slot != BASE_SLOT),
         factors=factors,
+        smlm_plans=smlm_plans,
         grads=grads,
         methods=methods or {},
         spans=layout.spans,

@@ -36,6 +36,8 @@ from loquetier.errors import (
     OutOfKVMemoryError,
 )
 from loquetier.failpoints import fail_points
+from loquetier.kernels.select import process_kernels
+from loquetier.kernels.smlm import SmlmPlans
 from loquetier.training.replay_probe import replay_refusal
 
 log = logging.getLogger("loquetier.engine")
@@ -99,11 +101,13 @@ class Engine:
             raise OutOfKVMemoryError(
                 f"kv_memory={config.kv_memory} bytes is less than one page of {page_bytes} bytes; raise it"
             )
+        process_kernels()  # may compile: at the start of an engine, not inside its first step
         self.cache = base.new_cache(num_pages, config.page_size)
         # On a CPU adapters stay in float32 beside a bfloat16 base, as PEFT keeps them: torch's small bf16 GEMMs cost
         # ten times its float32 ones there, and what is served is then to the bit what was trained.
         adapter_dtype = torch.float32 if base.device.type == "cpu" else base.dtype
         self.arena = Arena(config.adapter_memory, adapter_dtype, base.device, base.weight)
+        self._smlm_plans = SmlmPlans()
         self.registry = AdapterRegistry(base.name, self.arena.free, config.keep_versions)
         self.arena.reclaim = self.registry.drop_oldest_kept
         self.allocator = BlockAllocator(num_pages, config.page_size)
@@ -165,6 +169,7 @@ class Engine:
                 cuts,
                 dropout,
                 self.arena.methods,
+                self._smlm_plans,
             )
             hidden_MD = self.base.hidden(batch.ids_M, batch.positions_M, batch.step)
             sampled = serving.sample(batch, hidden_MD)

@@ -17,7 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from loquetier.kernels.reference import Factors, FactorTable, Segment, smlm_backward, smlm_forward
+from loquetier.kernels.reference import Factors, FactorTable, Segment
+from loquetier.kernels.smlm import smlm_backward, smlm_forward
 
 _WORD = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15

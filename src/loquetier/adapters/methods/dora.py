@@ -25,7 +25,8 @@ from loquetier.adapters.methods.lora import draw_a, lora_parts
 from loquetier.adapters.methods.method import BaseWeight, ConfigRules, Part, Site, WeightTable
 from loquetier.adapters.spec import DORA, LoraSpec, ModulePlan
 from loquetier.kernels.dropout import DropoutRows, dropped_TK
-from loquetier.kernels.reference import Factors, Segment, smlm_backward, smlm_forward
+from loquetier.kernels.reference import Factors, Segment
+from loquetier.kernels.smlm import SmlmPlan, smlm_backward, smlm_forward
 
 _BLOCK_ELEMENTS: Final = 1 << 18
 """Of the weight, when its norm is taken: 1 MiB in float32, so that ``W + scale * B A`` never leaves the cache."""
@@ -102,6 +103,7 @@ class Dora:
         table: WeightTable,
         dropout: DropoutRows | None,
         num_kept: int,
+        plan: SmlmPlan | None,
     ) -> list[Tensor]:
         """Returns ``x V^T`` of each train segment with weights here, in their order."""
         kept = []

@@ -23,6 +23,7 @@ from loquetier.adapters.spec import LinearTarget, ModulePlan, check_selection, c
 from loquetier.errors import AdapterMismatchError, ConfigError
 from loquetier.kernels.dropout import DropoutRows
 from loquetier.kernels.reference import Segment
+from loquetier.kernels.smlm import SmlmPlan
 
 NAME: Final = "ia3"
 INPUT: Final = "input"
@@ -167,6 +168,7 @@ class Ia3:
         table: WeightTable,
         dropout: DropoutRows | None,
         num_kept: int,
+        plan: SmlmPlan | None,
     ) -> list[Tensor]:
         """Returns the base's output of each train segment in the output form, in their order."""
         kept = []

@@ -16,7 +16,8 @@ from loquetier.adapters.methods import lora_config
 from loquetier.adapters.methods.method import BaseWeight, ConfigRules, Part, Site, WeightTable
 from loquetier.adapters.spec import LORA, LoraSpec, ModulePlan
 from loquetier.kernels.dropout import DropoutRows, dropout_backward, dropout_forward
-from loquetier.kernels.reference import Factors, Segment, smlm_backward, smlm_forward
+from loquetier.kernels.reference import Factors, Segment
+from loquetier.kernels.smlm import SmlmPlan, smlm_backward, smlm_forward
 
 
 def lora_parts(plan: ModulePlan) -> tuple[Part, Part]:
@@ -83,10 +84,11 @@ class Lora:
         table: WeightTable,
         dropout: DropoutRows | None,
         num_kept: int,
+        plan: SmlmPlan | None,
     ) -> None:
         """SMLM over all segments at once."""
         if dropout is None:
-            smlm_forward(x_MK, y_MN, site.module, segments, table)
+            smlm_forward(x_MK, y_MN, site.module, segments, table, plan)
         else:
             dropout_forward(x_MK, y_MN, site.module, segments, table, dropout)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from loquetier.adapters.spec import AdapterSpec, ModulePlan
 from loquetier.kernels.dropout import DropoutRows
 from loquetier.kernels.reference import Segment
+from loquetier.kernels.smlm import SmlmPlan
 
 WeightTable = Mapping[int, Mapping[int, Any]]
 """slot -> module index -> that method's weights (or gradients), as its `Method.weights` made them."""
@@ -129,6 +130,7 @@ class Method(Protocol):
         table: WeightTable,
         dropout: DropoutRows | None,
         num_kept: int,
+        plan: SmlmPlan | None,
     ) -> Any:
         """Turn the base's output into the adapted one, in place, on the rows of `segments`.
 
@@ -136,6 +138,7 @@ class Method(Protocol):
             y_MN: may be a column slice of a wider output.
             segments: of this method. A slot without weights on `site` leaves its rows as they are.
             num_kept: rows ``[0, num_kept)`` will go backward.
+            plan: where a kernel may keep its pointers of these segments from step to step; None = nowhere.
 
         Returns:
             What `backward` needs beside x and dy, of those rows only.

@@ -1,0 +1,87 @@
+"""A frozen linear of the base: torch's GEMM on the original weight, or the C kernel on a packed copy of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from loquetier.base.hardware import detect_hardware
+from loquetier.kernels.gemm import NO_KERNEL, GemmKernel, PackedWeight, pack_weights, packed_bytes
+from loquetier.kernels.select import Kernels
+
+log = logging.getLogger("loquetier.base")
+
+MEMORY_SHARE = 0.4
+"""Packed copies may take this part of the memory that is free once the weights are loaded; the rest is for KV, jobs."""
+
+
+class BaseGemm:
+    """``x [..., K] -> x W^T + b [..., N]`` with a frozen weight.
+
+    Args:
+        weight_NK: the original, which stays: the backward is ``dy @ W``, and embeddings may share it.
+    """
+
+    __slots__ = ("bias_N", "packed", "weight_NK")
+
+    def __init__(self, weight_NK: Tensor, bias_N: Tensor | None) -> None:
+        self.weight_NK, self.bias_N = weight_NK, bias_N
+        self.packed: PackedWeight | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The base's output. Differentiable in x (torch's own way) where gradients are on and x asks for them."""
+        packed = self.packed
+        if (
+            packed is None
+            or x.numel() > packed.max_rows * packed.k
+            or x.dtype != torch.bfloat16
+            or (torch.is_grad_enabled() and x.requires_grad)
+        ):
+            return F.linear(x, self.weight_NK, self.bias_N)
+        return packed(x)
+
+
+class FrozenLinear(nn.Module):
+    """Stands for an ``nn.Linear`` without adapters: the same numbers from a `BaseGemm`."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.gemm = BaseGemm(linear.weight, linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features] -> [..., out_features]``."""
+        return self.gemm(x)
+
+
+def pack_base(gemms: Sequence[BaseGemm], kernels: Kernels) -> int:
+    """Give each bfloat16 GEMM on a CPU its packed copy; returns the bytes taken, 0 when nothing is packed.
+
+    All or nothing: a base of which half is fast is no easier to predict than one that is not.
+    """
+    library = kernels.native("base_gemm")
+    if library is None or not gemms or any(not _fits(g) for g in gemms):
+        return 0
+    kernel = GemmKernel(library)
+    if kernel.level == NO_KERNEL:
+        return 0
+    weights = [g.weight_NK.detach() for g in gemms]
+    needed, free = packed_bytes(kernel, weights), detect_hardware("cpu").free_memory
+    if needed > MEMORY_SHARE * free:
+        log.warning("base weights are not packed: %d MiB of %d MiB free memory is too much; steps with few rows "
+                    "will be slower", needed >> 20, free >> 20)  # fmt: skip
+        return 0
+    packed = pack_weights(kernel, weights, [g.bias_N for g in gemms])
+    for gemm, copy in zip(gemms, packed, strict=True):
+        gemm.packed = copy
+    log.info("base weights packed for the CPU kernel: %d MiB beside the originals", needed >> 20)
+    return needed
+
+
+def _fits(gemm: BaseGemm) -> bool:
+    w = gemm.weight_NK
+    return w.dtype == torch.bfloat16 and w.is_cpu and w.dim() == 2 and w.is_contiguous()

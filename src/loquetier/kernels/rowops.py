@@ -1,0 +1,54 @@
+"""What a decoder layer does between its GEMMs, on the C library: residual add and RMSNorm, rotary, SwiGLU.
+
+All of them round where Hugging Face's eager code does. No autograd. Tensors are CPU tensors of one dtype, float32 or
+bfloat16; elements of a row lie side by side.
+"""
+
+from __future__ import annotations
+
+from ctypes import c_float, c_int32, c_int64, c_void_p
+
+from torch import Tensor
+
+from loquetier.kernels.native import DTYPE_CODES, NativeLibrary
+
+
+class RowOps:
+    """The three operations of one library."""
+
+    def __init__(self, library: NativeLibrary) -> None:
+        self._rms_norm = library.function("lq_rms_norm", *(c_void_p,) * 4, *(c_int64,) * 5, c_float, c_int32)
+        self._rotary = library.function("lq_rotary", *(c_void_p,) * 3, *(c_int64,) * 4, c_int32)
+        self._swiglu = library.function("lq_swiglu", *(c_void_p,) * 3, *(c_int64,) * 3, c_int32)
+
+    def rms_norm(self, x_MD: Tensor, weight_D: Tensor, epsilon: float, y_MD: Tensor, delta_MD: Tensor | None) -> None:
+        """``x += delta`` in place (if given), then ``y = weight * x / sqrt(mean(x^2) + epsilon)``."""
+        rows, dim = x_MD.shape
+        self._rms_norm(
+            x_MD.data_ptr(), None if delta_MD is None else delta_MD.data_ptr(), weight_D.data_ptr(), y_MD.data_ptr(),
+            rows, 1, dim, x_MD.stride(0), y_MD.stride(0), epsilon, DTYPE_CODES[x_MD.dtype],
+        )  # fmt: skip
+
+    def head_norm(self, x_MN: Tensor, first: int, heads: int, weight_D: Tensor, epsilon: float) -> None:
+        """RMSNorm in place of each of `heads` heads that begin at column `first` of each row."""
+        at = x_MN.data_ptr() + first * x_MN.element_size()
+        self._rms_norm(
+            at, None, weight_D.data_ptr(), at, len(x_MN), heads, weight_D.numel(), x_MN.stride(0), x_MN.stride(0),
+            epsilon, DTYPE_CODES[x_MN.dtype],
+        )  # fmt: skip
+
+    def rotary(self, x_MN: Tensor, cos_MD: Tensor, sin_MD: Tensor, heads: int) -> None:
+        """Rotate the first `heads` heads of each row in place: ``x * cos + rotate_half(x) * sin``."""
+        self._rotary(
+            x_MN.data_ptr(), cos_MD.data_ptr(), sin_MD.data_ptr(), len(x_MN), heads, cos_MD.shape[1], x_MN.stride(0),
+            DTYPE_CODES[x_MN.dtype],
+        )  # fmt: skip
+
+    def swiglu(self, gate_up_MN: Tensor, y_MK: Tensor) -> None:
+        """``y = silu(gate) * up``, gate being the first half of each row and up the second."""
+        inner = y_MK.shape[1]
+        gate = gate_up_MN.data_ptr()
+        self._swiglu(
+            gate, gate + inner * gate_up_MN.element_size(), y_MK.data_ptr(), len(y_MK), inner, gate_up_MN.stride(0),
+            DTYPE_CODES[y_MK.dtype],
+        )  # fmt: skip
