@@ -226,9 +226,10 @@ def test_lora_steps_call_smlm_as_before(monkeypatch: pytest.MonkeyPatch) -> None
     calls: list[int] = []
     forward = lora.smlm_forward
 
-    def counted(x: Any, y: Any, module: int, segments: Any, table: Any) -> None:
+    def counted(x: Any, y: Any, module: int, segments: Any, table: Any, plan: Any) -> None:
+        assert plan is not None, "its pointers would be looked up at every call"
         calls.append(len(segments))
-        forward(x, y, module, segments, table)
+        forward(x, y, module, segments, table, plan)
 
     monkeypatch.setattr(lora, "smlm_forward", counted)
     engine = make_engine()
