@@ -15,6 +15,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# The package runs without the web packages, and so do its other tests. Under CI they must be there.
+_WEB = ("fastapi", "httpx", "openai", "uvicorn")
+if not os.environ.get("CI") and any(importlib.util.find_spec(name) is None for name in _WEB):
+    collect_ignore = ["server"]
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip `crash_full` unless asked for by name, and `real` tests where the preset's data is not installed.

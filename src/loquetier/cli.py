@@ -6,11 +6,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from loquetier import __version__, cli_finetune, cli_validate
+from loquetier import __version__, cli_finetune, cli_serve, cli_validate
 from loquetier.errors import LoquetierError
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_LATER: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 BaseOption = Annotated[str, typer.Option("--base", help="Preset, local Hugging Face directory, GGUF file or hub id.")]
 DTypeOption = Annotated[Literal["auto", "float32", "bfloat16"], typer.Option(help="Type of the served weights.")]
@@ -102,7 +101,7 @@ def generate(
     """Answer one prompt, streamed to stdout."""
     from loquetier.config import SamplingParams
 
-    adapters = _named_directories(adapter or [])
+    adapters = named_directories(adapter or [])
     if model is None and len(adapters) > 1:
         raise typer.BadParameter(f"say --model NAME: {', '.join(adapters)} are loaded", param_hint="--model")
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
@@ -110,7 +109,7 @@ def generate(
         _stream(runtime, prompt, chat, model or next(iter(adapters), None), params)
 
 
-def _named_directories(options: Sequence[str]) -> dict[str, str]:
+def named_directories(options: Sequence[str]) -> dict[str, str]:
     """NAME=DIR options as a mapping."""
     found: dict[str, str] = {}
     for option in options:
@@ -139,6 +138,7 @@ def _stream(runtime: Runtime, prompt: str, chat: bool, model: str | None, params
 
 cli_finetune.register(app)
 cli_validate.register(app)
+cli_serve.register(app)
 
 
 @app.command()
@@ -147,12 +147,6 @@ def doctor() -> None:
     from loquetier.doctor import print_report
 
     print_report()
-
-
-@app.command(context_settings=_LATER)
-def serve() -> None:
-    """Not in this version: the HTTP server. Use the Python API or `loquetier generate`."""
-    _not_yet("serve", "use the Python API (loquetier.Runtime) or `loquetier generate`")
 
 
 @app.command()
@@ -167,8 +161,3 @@ def bench(
     from loquetier.bench.view import bench_command
 
     bench_command(base, dtype=dtype, rounds=rounds, with_peer=peer, output=output)
-
-
-def _not_yet(command: str, instead: str) -> NoReturn:
-    print(f"`loquetier {command}` is not in version {__version__}; {instead}", file=sys.stderr)
-    raise typer.Exit(2)

@@ -29,6 +29,7 @@ from loquetier.config import EngineConfig, SamplingParams, TrainingConfig, resol
 from loquetier.engine.engine import Engine
 from loquetier.engine.loop import EngineLoop
 from loquetier.engine.request import Request, TokenEvent
+from loquetier.engine_port import EnginePort
 from loquetier.errors import (
     AdapterError,
     AdapterExistsError,
@@ -117,10 +118,17 @@ class Runtime:
         """Most tokens of prompt and answer together."""
         return self._engine.max_context
 
+    @property
+    def port(self) -> EnginePort:
+        """The engine for callers that must not wait for a step, as a server's event loop."""
+        return EnginePort(self._engine, self._loop)
+
     # --- adapters ---
 
-    def load_adapter(self, name: str, directory: str | os.PathLike[str]) -> AdapterInfo:
+    def load_adapter(self, name: str, directory: str | os.PathLike[str], *, replace: bool = False) -> AdapterInfo:
         """Read a PEFT directory and serve it as `name`. Reading and checking run outside the engine's thread.
+
+        With `replace`, also over an adapter of that name: a new version, while requests under way end on the old one.
 
         Raises:
             AdapterError: malformed, not honoured, or not for this base. AdapterExistsError, OutOfAdapterMemoryError.
@@ -128,7 +136,8 @@ class Runtime:
         """
         base = self._engine.base
         check_name(name)
-        weights = read_adapter(path_of(directory), base.targets, base_names=(base.name,))
+        limit = 4 * self._engine.arena.total_bytes  # float32 on disk takes more than the arena's own dtype
+        weights = read_adapter(path_of(directory), base.targets, base_names=(base.name,), max_bytes=limit)
         if self._template_differs(weights.template_fingerprint):
             log.warning(
                 "adapter %s was trained under another chat template or tokenizer (%.80s) than the base %s has (%s): "
@@ -143,7 +152,7 @@ class Runtime:
             if self._engine.jobs.find(name) is not None:
                 raise AdapterExistsError(f"a job is training {name!r}; cancel it first, or choose another name")
             note = weights.template_fingerprint
-            self._engine.adapters.load(name, weights.spec, weights.modules, weights.factors, note)
+            self._engine.adapters.load(name, weights.spec, weights.modules, weights.factors, note, replace=replace)
             return self._info(name)
 
         return self._loop.call(load)

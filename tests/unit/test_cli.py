@@ -61,14 +61,6 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert "Usage" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argv", [("serve", "smollm2-135m", "--port", "1")])
-def test_what_is_not_there_yet_says_so(argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_code(*argv) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "is not in version" in captured.err
-
-
 @pytest.mark.parametrize(
     "argv",
     [

@@ -344,6 +344,40 @@ def test_min_tokens_wins_over_bias_and_a_fully_masked_row_fails_alone() -> None:
     assert result.token_ids == [-1, int(x[1].argmax())]
 
 
+class Only:
+    """A grammar that allows these ids, whatever came before."""
+
+    def __init__(self, *ids: int) -> None:
+        self.seen: list[int] = []
+        self._allowed = np.isin(np.arange(V), ids)
+
+    def allowed_V(self) -> np.ndarray:
+        return self._allowed
+
+    def observe(self, token_id: int) -> None:
+        self.seen.append(token_id)
+
+
+def test_a_constraint_wins_over_bias_and_touches_no_neighbour() -> None:
+    x_NV = logits(4)
+    params = [SamplingParams(temperature=0), SamplingParams(temperature=1, seed=1, logit_bias={9: 100.0})] * 2
+    free = sample(x_NV, [state(p) for p in params], [0] * 4)
+    states = [state(p) for p in params]
+    states[1].constraint, states[2].constraint = Only(4, 7), Only()
+    bound = sample(x_NV, states, [0] * 4)
+    assert bound.token_ids[1] in (4, 7)
+    assert bound.failed == [False, False, True, False], "where nothing is allowed, that row alone fails"
+    assert (bound.token_ids[0], bound.token_ids[3]) == (free.token_ids[0], free.token_ids[3])
+
+
+def test_a_constraint_is_told_what_came() -> None:
+    built = state(SamplingParams())
+    built.constraint = told = Only(4)
+    for token in (4, 9):
+        built.observe(token)
+    assert told.seen == [4, 9]
+
+
 def test_a_model_end_token_in_the_padded_vocabulary_is_no_error() -> None:
     own = new_state(SamplingParams(min_tokens=2, temperature=0), 0, (), (V + 3,), V)
     assert sample(logits(1), [own], [0]).failed == [False]

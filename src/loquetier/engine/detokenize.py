@@ -83,6 +83,20 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTE_OF = _byte_alphabet()
 
 
+def token_bytes(tokenizer: Any, token_id: int) -> bytes:
+    """The bytes that one token stands for, special tokens spelled out; b"" for an id without a token.
+
+    Exact for byte-level tokenizers and for byte tokens; of others the vocabulary's entry, its word mark as a space.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and isinstance(backend.decoder, decoders.ByteLevel):
+        return _ByteLevel(backend, skip_special_tokens=False).raw(token_id)
+    piece = tokenizer.convert_ids_to_tokens(token_id) or ""
+    if _BYTE_TOKEN.fullmatch(piece):
+        return bytes([int(piece[3:5], 16)])
+    return str(piece).replace("\u2581", " ").encode()
+
+
 class _ByteLevel:
     """Byte-level BPE: each token is a byte string, so the text is one incremental UTF-8 decoding."""
 
@@ -93,12 +107,13 @@ class _ByteLevel:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        return self._utf8.decode(self._bytes(token_id))
+        return self._utf8.decode(self.raw(token_id))
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)
 
-    def _bytes(self, token_id: int) -> bytes:
+    def raw(self, token_id: int) -> bytes:
+        """The token's bytes, which alone may be no UTF-8."""
         token = self._backend.id_to_token(token_id)
         if not token:
             return b""

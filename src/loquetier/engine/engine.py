@@ -25,6 +25,7 @@ from loquetier.engine.jobs import Jobs
 from loquetier.engine.policy import TrainLimits
 from loquetier.engine.request import Request, TokenEvent
 from loquetier.engine.rows import StepPlan
+from loquetier.engine.sampler import TokenConstraint
 from loquetier.engine.scheduler import Scheduler
 from loquetier.engine.serving import Serving
 from loquetier.engine.shelf import AdapterShelf
@@ -201,9 +202,10 @@ class Engine:
         params: SamplingParams,
         sink: Callable[[TokenEvent], None],
         priority: int = 0,
+        constrain: Callable[[], TokenConstraint] | None = None,
     ) -> Request:
         """Queue a request; events go to `sink`. See `Serving.add` for the errors."""
-        return self.serving.add(prompt, model, params, sink, priority)
+        return self.serving.add(prompt, model, params, sink, priority, constrain)
 
     def abort_request(self, request_id: int) -> None:
         """End a request before the next step; its pages are free at once."""

@@ -20,6 +20,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +47,16 @@ _F32 = torch.finfo(torch.float32)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
+class TokenConstraint(Protocol):
+    """What a grammar lets come next, for one choice. Called on the engine's thread; must not raise."""
+
+    def allowed_V(self) -> npt.NDArray[np.bool_]:
+        """True for each token id that may come next; all False when that cannot be said, which fails the row."""
+
+    def observe(self, token_id: int) -> None:
+        """This token has come."""
+
+
 @dataclass(slots=True, eq=False)
 class SamplerState:
     """What sampling must remember of one choice of one request. Survives preemption as it is."""
@@ -64,6 +75,7 @@ class SamplerState:
     """float32 values of the logit bias."""
     ending_ids_E: Tensor | None = None
     """int64 token ids that min_tokens forbids; present only with min_tokens."""
+    constraint: TokenConstraint | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -72,6 +84,8 @@ class SamplerState:
 
     def observe(self, token_id: int) -> None:
         """Count one generated token. Call it once per token that is kept, in any order with other sequences."""
+        if self.constraint is not None:
+            self.constraint.observe(token_id)
         if self.output_counts_V is not None:
             assert 0 <= token_id < self.output_counts_V.numel(), token_id
             self.output_counts_V[token_id] += 1
@@ -196,7 +210,7 @@ def _mix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-# --- edits of the logits: bias, min_tokens, penalties -------------------------------------------------------------
+# --- edits of the logits: bias, min_tokens, penalties, grammar -------------------------------------------------------
 
 
 def _edit(logits_NV: Tensor, states: Sequence[SamplerState], num_generated: Sequence[int]) -> Tensor:
@@ -204,7 +218,8 @@ def _edit(logits_NV: Tensor, states: Sequence[SamplerState], num_generated: Sequ
     biased = [i for i, s in enumerate(states) if s.bias_ids_B is not None]
     unended = [i for i, s in enumerate(states) if s.ending_ids_E is not None and num_generated[i] < s.params.min_tokens]
     penalised = [i for i, s in enumerate(states) if s.output_counts_V is not None]
-    if not (biased or unended or penalised):
+    bound = [i for i, s in enumerate(states) if s.constraint is not None]
+    if not (biased or unended or penalised or bound):
         return logits_NV
     out_NV = logits_NV.to(torch.float32, copy=True)
     if biased:
@@ -217,6 +232,11 @@ def _edit(logits_NV: Tensor, states: Sequence[SamplerState], num_generated: Sequ
     if penalised:
         index_M = _index(penalised, out_NV)
         out_NV.index_copy_(0, index_M, _penalise(out_NV.index_select(0, index_M), [states[i] for i in penalised]))
+    if bound:  # last, so that nothing brings a forbidden token back
+        allowed_BV = np.stack([c.allowed_V() for i in bound if (c := states[i].constraint) is not None])
+        index_B = _index(bound, out_NV)
+        forbidden_BV = torch.from_numpy(~allowed_BV).to(out_NV.device)
+        out_NV.index_copy_(0, index_B, out_NV.index_select(0, index_B).masked_fill(forbidden_BV, -torch.inf))
     return out_NV
 
 

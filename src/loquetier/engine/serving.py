@@ -17,7 +17,7 @@ from loquetier.engine.batch import Batch, head_step
 from loquetier.engine.detokenize import IncrementalDetokenizer
 from loquetier.engine.request import Choice, FinishReason, Request, TokenEvent, advance
 from loquetier.engine.rows import Sequence, SequenceStatus
-from loquetier.engine.sampler import SampledTokens, new_state, prompt_logprobs, sample
+from loquetier.engine.sampler import SampledTokens, TokenConstraint, new_state, prompt_logprobs, sample
 from loquetier.engine.scheduler import Scheduler
 from loquetier.engine.stopping import StopChecker
 from loquetier.errors import ConfigError, ContextLengthError, EngineError, LoquetierError
@@ -52,8 +52,11 @@ class Serving:
         params: SamplingParams,
         sink: Callable[[TokenEvent], None],
         priority: int = 0,
+        constrain: Callable[[], TokenConstraint] | None = None,
     ) -> Request:
         """Queue a request; all of it is accepted, or nothing is changed and an error raised.
+
+        `constrain` makes what limits the tokens of one choice, for each choice its own.
 
         Raises:
             AdapterNotFoundError, ContextLengthError, OutOfKVMemoryError, ConfigError: see `Runtime.generate`.
@@ -65,6 +68,7 @@ class Serving:
         try:
             for index in range(params.n):
                 choice = self._new_choice(request, index, list(prompt), max_total, priority)
+                choice.sampler.constraint = None if constrain is None else constrain()
                 self.scheduler.add(choice.seq)
                 added.append(choice.seq)
                 request.choices.append(choice)

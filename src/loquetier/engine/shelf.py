@@ -28,17 +28,22 @@ class AdapterShelf:
         modules: tuple[ModulePlan, ...],
         factors: PeftTensors,
         template_fingerprint: str | None = None,
+        *,
+        replace: bool = False,
     ) -> AdapterVersion:
         """Put an adapter's tensors (LoRA: A ``[r, in]``, B ``[out, r]`` by path) into a slot and serve it as `name`.
+
+        With `replace`, an adapter of that name gets a new version instead of being in the way.
 
         Raises:
             AdapterExistsError, ConfigError, OutOfAdapterMemoryError: nothing changed.
         """
-        self.registry.check_free(name)
+        if not (replace and name in self.registry.names):
+            self.registry.check_free(name)
         slot = self.arena.allocate(modules)
         from_peft(factors, self.arena.flat(slot), modules)
         self.arena.refresh(slot)
-        return self.registry.add(name, slot, spec, template_fingerprint)
+        return self.registry.publish(name, slot, spec, template_fingerprint)
 
     def digest(self, model: str) -> str:
         """sha256 of a version's layout (paths, ranks, scales) and weights; equal weights, equal digest.

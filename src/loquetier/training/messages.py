@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from loquetier.errors import DataError
+from loquetier.errors import DataError, LoquetierError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _KEYS = frozenset({"role", "content", "weight", "name", "tool_calls", "tool_call_id", "reasoning_content", "thinking"})
@@ -45,6 +45,13 @@ class Place:
         return DataError(f"Example {self.example}, message {self.message}{inside}: {text}")
 
 
+class Where(Protocol):
+    """A place in what a user gave, which knows how to say so."""
+
+    def error(self, text: str) -> LoquetierError:
+        """The error to raise for `text`."""
+
+
 def read_messages(value: Any, number: int, key: str = "messages") -> tuple[list[dict[str, Any]], list[bool]]:
     """Check OpenAI-style messages.
 
@@ -59,7 +66,7 @@ def read_messages(value: Any, number: int, key: str = "messages") -> tuple[list[
     messages, learn, extra = [], [], False
     for count, message in enumerate(value, 1):
         at = Place(number, count, key)
-        messages.append(_read_message(message, at))
+        messages.append(read_message(message, at))
         weight = _read_weight(message, at)
         is_answer = message["role"] == "assistant"
         extra |= "weight" in message and not is_answer
@@ -89,7 +96,7 @@ def read_tools(value: Any, number: int) -> tuple[dict[str, Any], ...] | None:
     return tuple(dict(tool) for tool in value)
 
 
-def tool_call(value: Any, at: Place) -> dict[str, Any]:
+def tool_call(value: Any, at: Where) -> dict[str, Any]:
     """One call ``{"name", "arguments"}`` in the form of templates: arguments are a dictionary, not its JSON text."""
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
         raise at.error("a tool call needs a function with a 'name'")
@@ -103,7 +110,7 @@ def tool_call(value: Any, at: Place) -> dict[str, Any]:
     return {"type": "function", "function": {"name": value["name"], "arguments": dict(arguments)}}
 
 
-def parse_json(text: str, what: str, at: Place) -> Any:
+def parse_json(text: str, what: str, at: Where) -> Any:
     """The value of a JSON text inside a record."""
     try:
         return json.loads(text)
@@ -111,7 +118,8 @@ def parse_json(text: str, what: str, at: Place) -> Any:
         raise at.error(f"{what} is not valid JSON: {error}") from error
 
 
-def _read_message(message: Any, at: Place) -> dict[str, Any]:
+def read_message(message: Any, at: Where) -> dict[str, Any]:
+    """One message in the form of templates. Raises what ``at.error`` makes."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise at.error(f"'role' is missing or not a string; a message is a dictionary with one of {list(ROLES)}")
     if message["role"] not in ROLES:
@@ -131,7 +139,7 @@ def _read_message(message: Any, at: Place) -> dict[str, Any]:
     return clean
 
 
-def _read_content(content: Any, has_calls: bool, at: Place) -> str:
+def _read_content(content: Any, has_calls: bool, at: Where) -> str:
     if isinstance(content, str):
         return content
     if content is None and has_calls:
@@ -153,7 +161,7 @@ def _read_content(content: Any, has_calls: bool, at: Place) -> str:
     return "".join(texts)
 
 
-def _read_calls(message: Mapping[str, Any], at: Place) -> list[dict[str, Any]]:
+def _read_calls(message: Mapping[str, Any], at: Where) -> list[dict[str, Any]]:
     calls = message.get("tool_calls", [])
     if not isinstance(calls, (list, tuple)):
         raise at.error(f"'tool_calls' must be a list, not {_describe(calls)}")
@@ -168,7 +176,7 @@ def _read_calls(message: Mapping[str, Any], at: Place) -> list[dict[str, Any]]:
     return read
 
 
-def _read_weight(message: Mapping[str, Any], at: Place) -> int:
+def _read_weight(message: Mapping[str, Any], at: Where) -> int:
     weight = message.get("weight", 1)
     if isinstance(weight, bool) or weight not in (0, 1):
         raise at.error(f"weight={weight!r} must be 0 or 1")

@@ -1,0 +1,102 @@
+"""`loquetier serve BASE`."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from loquetier.errors import ConfigError
+
+PACKAGES = ("fastapi", "uvicorn", "pydantic", "msgspec", "prometheus_client", "structlog", "llguidance")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command(name="serve")(serve)
+
+
+def serve(
+    base: Annotated[str, typer.Argument(help="Preset, local Hugging Face directory, GGUF file or hub id.")],
+    adapter: Annotated[
+        list[str] | None, typer.Option("--adapter", metavar="NAME=DIR", help="Serve a PEFT directory; repeatable.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], typer.Option(help="Type of the served weights.")] = "auto",
+    slo_ttft: Annotated[
+        float | None, typer.Option(help="Seconds to the first token: while one waits longer, new requests get a 503.")
+    ] = None,
+    slo_tpot: Annotated[
+        float | None, typer.Option(help="Seconds per further token: bounds what training adds to a step.")
+    ] = None,
+    kv_memory: Annotated[int | None, typer.Option(help="Bytes for the KV cache.")] = None,
+    adapter_memory: Annotated[int | None, typer.Option(help="Bytes for adapter weights.")] = None,
+    keep_versions: Annotated[int, typer.Option(help="Versions of each adapter kept to roll back to.")] = 2,
+    adapter_root: Annotated[
+        Path | None, typer.Option(help="Directory below which /v1/load_lora_adapter may read; without it: nowhere.")
+    ] = None,
+    api_keys: Annotated[Path | None, typer.Option(help="TOML file of hashed API keys.")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Listen publicly although there are no keys.")] = False,
+    public_metrics: Annotated[bool, typer.Option("--public-metrics", help="/metrics needs no key.")] = False,
+    vllm_metrics: Annotated[bool, typer.Option(help="Also emit vLLM's metric names.")] = True,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds that open answers get after SIGTERM.")] = 30.0,
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], typer.Option(help="Of the JSON log.")] = "info",
+) -> None:
+    """Serve the OpenAI API over one base and its adapters until SIGTERM or Ctrl-C."""
+    check_packages()
+    from loquetier.cli import named_directories
+    from loquetier.config import EngineConfig
+    from loquetier.server.auth import KeyRing, load_keys
+    from loquetier.server.logs import configure_logs
+    from loquetier.server.serve import check_bind, open_socket
+    from loquetier.server.serve import serve as run
+    from loquetier.server.settings import ServerSettings
+
+    settings = ServerSettings(
+        host=host,
+        port=port,
+        insecure=insecure,
+        public_metrics=public_metrics,
+        adapter_root=adapter_root,
+        slo_ttft=slo_ttft,
+        slo_tpot=slo_tpot,
+        grace_seconds=grace,
+        vllm_metrics=vllm_metrics,
+    )
+    engine = EngineConfig(
+        dtype=dtype,
+        kv_memory=kv_memory,
+        adapter_memory=adapter_memory,
+        keep_versions=keep_versions,
+        step_time_budget=slo_tpot,
+    )
+    keys = KeyRing() if api_keys is None else load_keys(api_keys)
+    check_bind(settings, keys)
+    adapters = named_directories(adapter or [])
+    # The port before the weights: a taken one is told in a second, not after the load.
+    opened = open_socket(settings)
+    configure_logs(log_level)
+    from loquetier.runtime import Runtime
+    from loquetier.server.services import build_services
+
+    runtime = Runtime(base, adapters=adapters, config=engine)
+    services = build_services(runtime, settings, keys, base_root=base)
+    for name, directory in adapters.items():
+        services.models.note(name, str(Path(directory).absolute()), int(services.wall()))
+    address, number = opened.getsockname()[:2]
+    typer.echo(f"serving {runtime.base_name} on http://{f'[{address}]' if ':' in address else address}:{number}/v1")
+    if code := run(services, opened):
+        raise typer.Exit(code)
+
+
+def check_packages() -> None:
+    """Raises ConfigError where the web packages are not installed."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"the server needs {', '.join(missing)}, which this installation left out; "
+            f"pip install {' '.join(name.replace('_', '-') for name in missing)}"
+        )

@@ -1,0 +1,191 @@
+"""Prometheus metrics: our own, and vLLM's names as aliases. Labels are capped; unknown models never become labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from loquetier.server.settings import ServerSettings
+from loquetier.server.watch import Pulse
+
+_SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000)
+
+
+@dataclass(slots=True)
+class RequestTimes:
+    """When a request's tokens came, in monotonic seconds."""
+
+    clock: Callable[[], float]
+    began: float = field(init=False)
+    first: float | None = None
+    last: float | None = None
+    gaps: list[float] = field(default_factory=list)
+    """Between tokens, since they were last collected."""
+
+    def __post_init__(self) -> None:
+        self.began = self.clock()
+
+    def token(self) -> None:
+        """A token has come."""
+        now = self.clock()
+        if self.first is None:
+            self.first = now
+        elif self.last is not None:
+            self.gaps.append(now - self.last)
+        self.last = now
+
+
+class Metrics:
+    """One registry per server, so that two servers in one process do not mix."""
+
+    def __init__(self, settings: ServerSettings, base_name: str) -> None:
+        self._settings, self._base = settings, base_name
+        self.registry = CollectorRegistry()
+        self._models: set[str] = {base_name}
+        self._prefixes = ("loquetier", "vllm") if settings.vllm_metrics else ("loquetier",)
+        self._counters: dict[str, list[Counter]] = {}
+        self._gauges: dict[str, list[Gauge]] = {}
+        self._histograms: dict[str, list[Histogram]] = {}
+        self._build()
+
+    def _build(self) -> None:
+        model = ("model_name",)
+        for name, text, labels in (
+            ("prompt_tokens", "Prompt tokens of admitted requests.", model),
+            ("generation_tokens", "Generated tokens.", model),
+            ("request_success", "Completed requests.", ("model_name", "finished_reason")),
+            ("admission_rejections", "Requests refused at the door.", ("model_name", "reason")),
+        ):
+            self._counters[name] = [
+                Counter(f"{p}:{name}", text, labels, registry=self.registry) for p in self._prefixes
+            ]
+        for name, text, buckets in (
+            ("time_to_first_token_seconds", "From admission to the first token.", _SECONDS),
+            ("inter_token_latency_seconds", "Between two tokens of a request.", _SECONDS),
+            ("request_time_per_output_token_seconds", "Mean over a request's further tokens.", _SECONDS),
+            ("e2e_request_latency_seconds", "From admission to the last token.", _SECONDS),
+            ("request_prompt_tokens", "Prompt tokens per request.", _TOKENS),
+            ("request_generation_tokens", "Generated tokens per request.", _TOKENS),
+            ("request_params_n", "Answers asked for per prompt.", (1, 2, 5, 10, 20, 50, 128)),
+        ):
+            self._histograms[name] = [
+                Histogram(f"{p}:{name}", text, model, buckets=buckets, registry=self.registry) for p in self._prefixes
+            ]
+        for name, text in (
+            ("num_requests_running", "Answers that hold KV memory."),
+            ("num_requests_waiting", "Answers that wait for KV memory."),
+            ("kv_cache_usage_perc", "Part of the KV cache in use, 0 to 1."),
+        ):
+            self._gauges[name] = [Gauge(f"{p}:{name}", text, model, registry=self.registry) for p in self._prefixes]
+        self._build_own()
+
+    def _build_own(self) -> None:
+        registry = self.registry
+        self._http = Counter("loquetier:http_requests", "Answers by status.", ("status",), registry=registry)
+        self._slo = Counter(
+            "loquetier:slo_requests", "Requests by whether they kept a goal.", ("goal", "met"), registry=registry
+        )
+        self._adapter_load = Histogram(
+            "loquetier:adapter_load_seconds", "Reading and loading an adapter.", buckets=_SECONDS, registry=registry
+        )
+        self._own_gauges = {
+            name: Gauge(f"loquetier:{name}", text, labels, registry=registry)
+            for name, text, labels in (
+                ("adapters_resident", "Adapter versions in memory.", ()),
+                ("adapter_bytes_used", "Bytes of adapter memory in use.", ()),
+                ("adapter_bytes_total", "Bytes of adapter memory.", ()),
+                ("engine_rows_total", "Rows since the start, by kind.", ("kind",)),
+                ("engine_steps_total", "Steps since the start.", ()),
+                ("engine_mixed_steps_total", "Steps that served and trained.", ()),
+                ("publishes_total", "Published versions.", ()),
+                ("publish_seconds_total", "Seconds spent publishing.", ()),
+            )
+        }
+
+    def model(self, name: str) -> str:
+        """The label for a model that is known to exist; "other" beyond the cap."""
+        if name in self._models:
+            return name
+        if len(self._models) < self._settings.metric_models:
+            self._models.add(name)
+            return name
+        return "other"
+
+    def admitted(self, model: str, prompt_tokens: Iterable[int], n: int) -> None:
+        """A request was queued."""
+        label = self.model(model)
+        for count in prompt_tokens:
+            self._count("prompt_tokens", count, label)
+            self._observe("request_prompt_tokens", count, label)
+        self._observe("request_params_n", n, label)
+
+    def refused(self, model: str, reason: str) -> None:
+        """A request for an existing model was refused at the door. `reason` is one of our own codes."""
+        self._count("admission_rejections", 1, self.model(model), reason)
+
+    def finished(self, model: str, times: RequestTimes, tokens: int, reason: str) -> None:
+        """A request is over: "stop", "length", "abort" or "error"."""
+        label, now = self.model(model), times.clock()
+        self._count("request_success", 1, label, reason)
+        self._count("generation_tokens", tokens, label)
+        self._observe("request_generation_tokens", tokens, label)
+        self._observe("e2e_request_latency_seconds", now - times.began, label)
+        if times.first is None or times.last is None:
+            return
+        self._observe("time_to_first_token_seconds", times.first - times.began, label)
+        for gap in times.gaps:
+            self._observe("inter_token_latency_seconds", gap, label)
+        self._goal("ttft", self._settings.slo_ttft, times.first - times.began)
+        if times.gaps:
+            per_token = (times.last - times.first) / len(times.gaps)
+            self._observe("request_time_per_output_token_seconds", per_token, label)
+            self._goal("tpot", self._settings.slo_tpot, per_token)
+
+    def _goal(self, name: str, goal: float | None, seconds: float) -> None:
+        if goal is not None:
+            self._slo.labels(name, "yes" if seconds <= goal else "no").inc()
+
+    def answered(self, status: int) -> None:
+        """An HTTP answer."""
+        self._http.labels(str(status)).inc()
+
+    def adapter_loaded(self, seconds: float) -> None:
+        """An adapter is there."""
+        self._adapter_load.observe(seconds)
+
+    def page(self, pulse: Pulse | None, resident: int) -> bytes:
+        """The text of ``/metrics``."""
+        self._own_gauges["adapters_resident"].set(resident)
+        if pulse is not None:
+            self._set_pulse(pulse)
+        return generate_latest(self.registry)
+
+    def _set_pulse(self, pulse: Pulse) -> None:
+        usage = 1 - pulse.kv_pages_free / pulse.kv_pages
+        for name, value in (
+            ("num_requests_running", pulse.num_running),
+            ("num_requests_waiting", pulse.num_waiting),
+            ("kv_cache_usage_perc", usage),
+        ):
+            for gauge in self._gauges[name]:
+                gauge.labels(self._base).set(value)
+        own = self._own_gauges
+        own["adapter_bytes_used"].set(pulse.arena_bytes - pulse.arena_bytes_free)
+        own["adapter_bytes_total"].set(pulse.arena_bytes)
+        own["engine_steps_total"].set(pulse.totals.steps)
+        own["engine_mixed_steps_total"].set(pulse.totals.mixed_steps)
+        own["publishes_total"].set(pulse.publishes)
+        own["publish_seconds_total"].set(pulse.publish_seconds)
+        for kind in ("train", "eval", "prefill", "decode"):
+            own["engine_rows_total"].labels(kind).set(getattr(pulse.totals, f"{kind}_rows"))
+
+    def _count(self, name: str, amount: float, *labels: str) -> None:
+        for counter in self._counters[name]:
+            counter.labels(*labels).inc(amount)
+
+    def _observe(self, name: str, value: float, label: str) -> None:
+        for histogram in self._histograms[name]:
+            histogram.labels(label).observe(value)

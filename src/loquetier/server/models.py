@@ -1,0 +1,84 @@
+"""The models of the server as a key sees them: the base, adapters, and pinned versions ``name@n``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from loquetier.adapters.registry import NAME_PATTERN, AdapterVersion
+from loquetier.engine_port import EnginePort
+from loquetier.server.auth import Principal
+from loquetier.server.problems import model_not_found
+
+_PINNED = re.compile(rf"({NAME_PATTERN.pattern})(?:@([0-9]{{1,18}}))?")
+
+
+@dataclass(slots=True)
+class ModelBook:
+    """Names, and where the weights behind them came from. Reads wait for no engine step."""
+
+    port: EnginePort
+    base_root: str
+    """What the base was loaded from, as the operator named it."""
+    started: int
+    """Unix seconds."""
+    roots: dict[str, tuple[str, int]] = field(default_factory=dict)
+    """By adapter: its directory and when it was loaded (Unix seconds)."""
+
+    def find(self, who: Principal, model: str) -> AdapterVersion | None:
+        """The version that `model` means; None for the base.
+
+        Raises:
+            ApiError: 404, for what does not exist as for what this key may not use.
+        """
+        name = model.partition("@")[0] if model != self.port.base_name else model
+        if not who.may_use(name):
+            raise model_not_found(model)
+        if model == self.port.base_name:
+            return None
+        match = _PINNED.fullmatch(model)
+        if match is None:
+            raise model_not_found(model)
+        for version in self.port.versions():
+            if version.name == match[1] and (str(version.number) == match[2] if match[2] else version.is_live):
+                return version
+        raise model_not_found(model)
+
+    def note(self, name: str, root: str, created: int) -> None:
+        """Remember where an adapter came from, and forget what is not served any more."""
+        served = {v.name for v in self.port.versions()}
+        for gone in self.roots.keys() - served:
+            del self.roots[gone]
+        self.roots[name] = (root, created)
+
+    def label_of(self, model: str) -> str:
+        """The version's label, or `model` itself where nothing answers to it."""
+        for version in self.port.versions():
+            if model == version.label or (model == version.name and version.is_live):
+                return version.label
+        return model
+
+    def cards(self, who: Principal) -> list[dict[str, Any]]:
+        """The base first, then adapters in the order they came; only what this key may use."""
+        live = [v for v in self.port.versions() if v.is_live and who.may_use(v.name)]
+        base = [self.card(None)] if who.may_use(self.port.base_name) else []
+        return [*base, *(self.card(v) for v in live)]
+
+    def card(self, version: AdapterVersion | None, asked: str | None = None) -> dict[str, Any]:
+        """A model object as vLLM shows it; `asked` is the id that the client used."""
+        base = self.port.base_name
+        root, created = self.base_root, self.started
+        if version is not None:
+            root, created = self.roots.get(version.name, (version.name, self.started))
+        return {
+            "id": asked or (base if version is None else version.name),
+            "object": "model",
+            "created": created,
+            "owned_by": "loquetier",
+            "root": root,
+            "parent": None if version is None else base,
+            "max_model_len": self.port.max_context,
+            "permission": [],
+            "version": None if version is None else version.label,
+        }

@@ -1,0 +1,166 @@
+"""One order in the engine, seen from the event loop: events in batches, and an abort whatever happens."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from loquetier.engine.request import TokenEvent
+from loquetier.engine_port import Ticket
+from loquetier.errors import EngineStoppedError, LoquetierError
+from loquetier.server.admission import Waiting
+from loquetier.server.auth import Principal
+from loquetier.server.metrics import RequestTimes
+from loquetier.server.orders import Order
+from loquetier.server.problems import bad, from_error, overloaded
+from loquetier.server.services import Services
+
+MAX_PENDING_EVENTS = 16384
+"""Events that nobody takes: a client that lags further than this is gone."""
+
+Event = tuple[int, TokenEvent]
+"""The prompt's index and what happened to one of its choices."""
+
+
+class Running:
+    """Events of an order; made by `running`. Event loop only, but for the sink."""
+
+    def __init__(self, services: Services, who: Principal, order: Order, num_prompts: int, waiting: Waiting) -> None:
+        self._services, self._who, self._order, self._waiting = services, who, order, waiting
+        self._loop = asyncio.get_running_loop()
+        self._events: list[Event] = []
+        self._wake = asyncio.Event()
+        self._ticket: Ticket | None = None
+        self.num_open = num_prompts * order.params.n
+        self.label = ""
+        """The version that answers."""
+        self.completion_tokens = 0
+        self._has_failed = False
+        self.times = RequestTimes(services.clock)
+
+    async def start(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Queue the order. Raises ApiError, with nothing queued."""
+        order, quarantine = self._order, self._services.quarantine
+        quarantine.check(order.model)
+        try:
+            future = self._services.port.add(
+                prompts, order.model, order.params, self._sink, order.priority, order.constrain
+            )
+            try:
+                self._ticket = await asyncio.shield(asyncio.wrap_future(future))
+            except asyncio.CancelledError:
+                port = self._services.port
+                future.add_done_callback(lambda f: None if f.cancelled() or f.exception() else port.abort(f.result()))
+                raise
+        except LoquetierError as error:
+            raise from_error(error, order.model) from error
+        self.label = self._ticket.label
+
+    def _sink(self, index: int, event: TokenEvent) -> None:
+        """On the engine's thread."""
+        self._loop.call_soon_threadsafe(self._take, index, event)
+
+    def _take(self, index: int, event: TokenEvent) -> None:
+        if event.token_id is not None:
+            if not self.completion_tokens:
+                self._services.admission.started(self._waiting)
+            self.completion_tokens += 1
+            self.times.token()
+        if event.finish_reason is not None:
+            self.num_open -= 1
+        self._events.append((index, event))
+        self._wake.set()
+        if len(self._events) > MAX_PENDING_EVENTS:
+            self.abort()
+
+    async def batches(self) -> AsyncIterator[list[Event]]:
+        """What has happened since the last batch, until every choice is finished.
+
+        Raises:
+            ApiError: the request failed, or was ended by the server.
+        """
+        is_open = True
+        while is_open:
+            await self._wake.wait()
+            self._wake.clear()
+            batch, self._events = self._events, []
+            is_open = self.num_open > 0
+            for _, event in batch:
+                self._check(event)
+            if batch:
+                yield batch
+
+    def _check(self, event: TokenEvent) -> None:
+        if event.error is not None:
+            self._has_failed = True
+            self.abort()
+            self._count_failure(event.error)
+            raise from_error(event.error, self._order.model) from event.error
+        if event.finish_reason == "abort":
+            self.abort()
+            raise overloaded("the request was aborted by the server", code="request_aborted")
+
+    def _count_failure(self, error: LoquetierError) -> None:
+        """Only what the adapter may be the cause of: not the base, an end of the engine, or a client's own grammar."""
+        is_adapter = self.label != self._services.port.base_name
+        if is_adapter and self._order.constrain is None and not isinstance(error, EngineStoppedError):
+            self._services.quarantine.failed(self.label)
+
+    def abort(self, error: LoquetierError | None = None) -> None:
+        """End what is open before the next step."""
+        if self._ticket is not None and self.num_open:
+            self._services.port.abort(self._ticket, error)
+
+    def close(self) -> None:
+        """It is over, or its client has left: nothing of it goes on."""
+        if self.num_open:
+            self.abort()
+        elif not self._has_failed:
+            self._services.quarantine.worked(self.label)
+        self._services.limiter.charge_tokens(self._who, self.completion_tokens)
+
+
+@asynccontextmanager
+async def running(
+    services: Services, who: Principal, order: Order, prompts: Sequence[Sequence[int]]
+) -> AsyncIterator[Running]:
+    """Admit an order and queue it; leaving aborts what is open.
+
+    Raises:
+        ApiError: refused by a limit, by the state of the server, or by the engine; nothing is left behind.
+    """
+    check_prompts(prompts, order, services.port.vocab_size, services.port.max_context)
+    services.limiter.take_tokens(who, sum(map(len, prompts)))
+    with services.limiter.running(who):
+        waiting = services.admission.enter(len(prompts) * order.params.n)
+        try:
+            run = Running(services, who, order, len(prompts), waiting)
+            await run.start(prompts)
+            services.open_runs.add(run)
+            try:
+                yield run
+            finally:
+                services.open_runs.discard(run)
+                run.close()
+        finally:
+            services.admission.leave(waiting)
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], order: Order, vocab_size: int, max_context: int) -> None:
+    """What the engine would refuse, said with the field's name. Raises ApiError."""
+    for tokens in prompts:
+        if not tokens:
+            raise bad("the prompt is empty and this model has no token to begin with", "prompt")
+        wrong = next((t for t in tokens if not 0 <= t < vocab_size), None)
+        if wrong is not None:
+            raise bad(f"prompt: token id {wrong} is not in [0, {vocab_size})", "prompt")
+        wanted = order.params.max_tokens or 1
+        if len(tokens) + wanted > max_context:
+            asked = f"{len(tokens)} in the prompt and {wanted} for the answer"
+            raise bad(
+                f"This model's maximum context length is {max_context} tokens. However, you requested "
+                f"{len(tokens) + wanted} tokens ({asked}). Shorten the prompt or lower max_tokens.",
+                "messages" if order.request_id.startswith("chat") else "prompt",
+                "context_length_exceeded",
+            )

@@ -1,0 +1,83 @@
+"""Everything that routes share, built once: no globals."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from loquetier.engine_port import EnginePort
+from loquetier.runtime import Runtime
+from loquetier.server.adapter_desk import AdapterDesk
+from loquetier.server.admission import Admission
+from loquetier.server.auth import KeyRing
+from loquetier.server.grammar import GrammarDesk
+from loquetier.server.limits import BadKeys, Limiter
+from loquetier.server.metrics import Metrics
+from loquetier.server.models import ModelBook
+from loquetier.server.quarantine import Quarantine
+from loquetier.server.settings import ServerSettings
+from loquetier.server.text import TextDesk
+from loquetier.server.watch import Watch
+
+if TYPE_CHECKING:
+    from loquetier.server.running import Running
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What a router gets. Routers of other rooms (files, jobs) take the same object."""
+
+    runtime: Runtime
+    port: EnginePort
+    settings: ServerSettings
+    keys: KeyRing
+    clock: Callable[[], float]
+    """Monotonic seconds."""
+    wall: Callable[[], float]
+    """Unix seconds, for `created` only."""
+    limiter: Limiter
+    bad_keys: BadKeys
+    admission: Admission
+    models: ModelBook
+    adapters: AdapterDesk
+    quarantine: Quarantine
+    text: TextDesk
+    grammars: GrammarDesk
+    metrics: Metrics
+    watch: Watch
+    open_runs: set[Running] = field(default_factory=set)
+    """Orders in the engine; ended with an error when the time to drain is over."""
+
+
+def build_services(
+    runtime: Runtime,
+    settings: ServerSettings,
+    keys: KeyRing,
+    base_root: str | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    wall: Callable[[], float] = time.time,
+) -> Services:
+    """The services over one runtime."""
+    port = runtime.port
+    models = ModelBook(port, base_root or runtime.base_name, int(wall()))
+    metrics = Metrics(settings, port.base_name)
+    return Services(
+        runtime=runtime,
+        port=port,
+        settings=settings,
+        keys=keys,
+        clock=clock,
+        wall=wall,
+        limiter=Limiter(clock),
+        bad_keys=BadKeys(clock, settings.bad_keys_per_minute),
+        admission=Admission(settings, clock),
+        models=models,
+        adapters=AdapterDesk(runtime, port, models, metrics, settings.adapter_root, clock, wall),
+        quarantine=Quarantine(clock, models.label_of),
+        text=TextDesk(runtime.tokenizer, runtime.base_name, runtime.max_context),
+        grammars=GrammarDesk(runtime.tokenizer, port.vocab_size, port.eos_token_ids),
+        metrics=metrics,
+        watch=Watch(port, settings, clock),
+    )

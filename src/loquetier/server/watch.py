@@ -1,0 +1,87 @@
+"""The engine's heartbeat: a call goes through its loop again and again; an answer that does not come is a hang."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from loquetier.engine.engine import Engine, Totals
+from loquetier.engine_port import EnginePort
+from loquetier.server.settings import ServerSettings
+
+BEAT_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """The engine's books at one beat."""
+
+    num_running: int
+    num_waiting: int
+    kv_pages: int
+    kv_pages_free: int
+    arena_bytes: int
+    arena_bytes_free: int
+    tokens_generated: int
+    publishes: int
+    publish_seconds: float
+    totals: Totals
+
+
+@dataclass(slots=True)
+class Watch:
+    """Whether the engine's loop lives. Event loop only."""
+
+    port: EnginePort
+    settings: ServerSettings
+    clock: Callable[[], float]
+    pulse: Pulse | None = None
+    """The last beat's books; None before the first."""
+    _asked: float | None = field(default=None)
+    """When the beat under way was asked for."""
+
+    @property
+    def problem(self) -> str | None:
+        """Why the engine cannot answer, or None."""
+        if not self.port.is_alive:
+            return "the engine loop has ended"
+        if self._asked is not None and self.clock() - self._asked > self.settings.hang_seconds:
+            return f"the engine has not finished a step for {self.settings.hang_seconds:g} s"
+        return None
+
+    async def beat(self) -> None:
+        """One beat: ask, and wait for the answer. Raises EngineStoppedError."""
+        self._asked = self.clock()
+        self.pulse = await asyncio.wrap_future(self.port.call(_pulse))
+        self._asked = None
+
+    async def run(self, on_death: Callable[[str], object]) -> None:
+        """Beat until the engine dies or hangs; then say so once and end."""
+        task: asyncio.Task[None] | None = None
+        try:
+            while self.problem is None:
+                if task is None or task.done():
+                    if task is not None and task.exception() is not None:
+                        break
+                    task = asyncio.create_task(self.beat())
+                await asyncio.sleep(BEAT_SECONDS)
+        finally:
+            if task is not None:
+                task.cancel()
+        on_death(self.problem or f"the engine's books cannot be read: {task.exception() if task else None}")
+
+
+def _pulse(engine: Engine) -> Pulse:
+    return Pulse(
+        num_running=engine.scheduler.num_running,
+        num_waiting=engine.scheduler.num_waiting,
+        kv_pages=engine.allocator.num_pages,
+        kv_pages_free=engine.allocator.num_free,
+        arena_bytes=engine.arena.total_bytes,
+        arena_bytes_free=engine.arena.free_bytes,
+        tokens_generated=engine.serving.tokens_generated,
+        publishes=engine.jobs.publishes,
+        publish_seconds=engine.jobs.publish_seconds,
+        totals=engine.totals,
+    )
