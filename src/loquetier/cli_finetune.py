@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -145,6 +146,8 @@ def _check_before_training(
         raise ConfigError(f"--out {str(out)!r} cannot be written: {str(place)!r} is not a writable directory")
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        # Permission bits are not the whole truth (root, read-only or virtual file systems): try it.
+        Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent)).rmdir()
     except OSError as error:
         raise ConfigError(f"--out {str(out)!r} cannot be written: {error.strerror}") from error
     return read_records(data), None if eval_data is None else read_records(eval_data)

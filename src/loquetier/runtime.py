@@ -35,6 +35,7 @@ from loquetier.errors import (
     AdapterExistsError,
     AdapterInUseError,
     ConfigError,
+    DataError,
     EngineError,
     EngineStoppedError,
     LoquetierError,
@@ -430,7 +431,10 @@ class Runtime:
 
         def load() -> NewJob:
             examples = encode_examples(records_of(data), self.tokenizer, limit)
-            evals = encode_examples(records_of(eval_data), self.tokenizer, limit) if eval_data is not None else ()
+            try:
+                evals = encode_examples(records_of(eval_data), self.tokenizer, limit) if eval_data is not None else ()
+            except DataError as error:  # both have an Example 1
+                raise DataError(f"eval_data: {error}") from error
             return NewJob(name=name, spec=spec, config=training, examples=examples, eval_examples=evals)
 
         new = None if validate_in_background else load()

@@ -70,6 +70,8 @@ def test_a_job_that_does_not_start_leaves_no_files(runtime: Runtime, tmp_path: P
         runtime.finetune("x", DATA, training=config, output_dir=tmp_path / "out")
     with pytest.raises(DataError):
         runtime.finetune("x", [{"wrong": 1}], output_dir=tmp_path / "out")
+    with pytest.raises(DataError, match="eval_data: Example 1"):
+        runtime.finetune("x", DATA, eval_data=[{"wrong": 1}], output_dir=tmp_path / "out")
     with pytest.raises(ConfigError, match="callbacks"):
         runtime.finetune("x", DATA, output_dir=tmp_path / "out", callbacks=[7])
     with pytest.raises(ConfigError, match="report_to"):

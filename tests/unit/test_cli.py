@@ -55,6 +55,11 @@ def test_the_command_line_loads_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+def test_the_package_runs_as_a_module() -> None:
+    run = subprocess.run([sys.executable, "-m", "loquetier", "--version"], check=True, timeout=60, capture_output=True)
+    assert run.stdout.startswith(b"loquetier ")
+
+
 @pytest.mark.parametrize("command", ["demo", "generate", "finetune", "doctor", "serve", "bench"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(command, "--help") == 0
@@ -96,6 +101,8 @@ def test_finetune_checks_everything_before_it_loads_the_base(
     assert "cannot read" in refused("nowhere.jsonl", "--name", "a", "--out", out)
     assert "[adapter_exists]" in refused(str(data), "--name", "a", "--out", str(tmp_path))
     assert "is not a writable directory" in refused(str(data), "--name", "a", "--out", str(data / "x"))
+    # Also for root, whom no permission bit stops, and before an hour of training.
+    assert "cannot be written" in refused(str(data), "--name", "a", "--out", "/proc/out")
     assert "learning_rate=2.0" in refused(str(data), "--name", "a", "--out", out, "--learning-rate", "2")
     assert "adapter name 'a b'" in refused(str(data), "--name", "a b", "--out", out)
     assert "--eval-data" in refused(str(data), "--name", "a", "--out", out, "--eval-every", "5")

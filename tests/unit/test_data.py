@@ -97,6 +97,14 @@ def test_messages_with_weight_0_are_context_only(tokenizer: Any) -> None:
     assert [t for t in labels(example) if t is not None] == [*text_ids("yes"), EOS]
 
 
+def test_an_unlearned_greeting_may_come_first(tokenizer: Any) -> None:
+    record = chat(("assistant", "hello"), ("user", "u"), ("assistant", "yes"))
+    record["messages"][0]["weight"] = 0
+    example = encode_example(record, tokenizer, 1000)
+    assert list(example.tokens[: len(turn_ids("assistant", "hello"))]) == turn_ids("assistant", "hello")
+    assert [t for t in labels(example) if t is not None] == [*text_ids("yes"), EOS]
+
+
 def test_turns_after_the_last_assistant_turn_are_dropped(tokenizer: Any) -> None:
     short, long = (("user", "u"), ("assistant", "a")), (("user", "u"), ("assistant", "a"), ("user", "more"))
     assert encode_example(chat(*short), tokenizer, 100) == encode_example(chat(*long), tokenizer, 100)
@@ -159,6 +167,8 @@ def test_truncation_that_leaves_no_label_is_an_error(tokenizer: Any) -> None:
         ({"input_ids": [4, 5], "labels": [True, 5]}, "'labels' must be a list of integers"),
         ({"input_ids": [4, 5, 6], "labels": [5, 6, -100]}, "label 5 at position 0 .*not shifted"),
         ({"input_ids": [4, 5], "labels": [4, -100]}, "no token to learn"),
+        ({"input_ids": [4, -5], "labels": [4, -100]}, "token id -5; 'input_ids' must not be negative"),
+        (chat(("assistant", "x"), ("user", "u"), ("assistant", "y")), 'message 1: an answer to nothing.*"weight": 0'),
     ],
 )
 def test_bad_records_are_named_by_number_and_reason(record: Any, reason: str, tokenizer: Any) -> None:

@@ -165,7 +165,9 @@ def test_an_old_version_answers_by_number_while_it_is_used() -> None:
     assert registry.resolve("math").number == 2 and registry.resolve("math@1") is first and not freed
     registry.release(first)
     assert freed == [0]
-    with pytest.raises(AdapterNotFoundError):
+    with pytest.raises(
+        AdapterNotFoundError, match=r"'math@1' is not in memory; there are: math@2.*keep_versions \(now 0"
+    ):
         registry.resolve("math@1")
 
 

@@ -52,6 +52,16 @@ def test_good_data(tokenizer: Any) -> None:
     assert report.samples[0] == (("<s>user:question 0</s><s>assistant:", False), ("a</s>", True))
 
 
+def test_token_ids_that_the_tokenizer_does_not_have(tokenizer: Any) -> None:
+    size = len(tokenizer)
+    good, beyond, negative = ({"input_ids": [4, last], "labels": [-100, last]} for last in (size - 1, size, -1))
+    report = validate([good, beyond, negative], tokenizer, FAR)
+    assert messages(report, "error") == [
+        (2, f"Example 2 has token id {size}; the tokenizer has {size} tokens"),
+        (3, "Example 3 has token id -1; 'input_ids' must not be negative"),
+    ]
+
+
 BAD_LINES: list[tuple[bytes, str]] = [
     (json.dumps(chat("u", "good")).encode(), ""),
     (b"", ""),

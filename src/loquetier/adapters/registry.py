@@ -99,6 +99,12 @@ class AdapterRegistry:
         for version in self.versions if at else ():
             if version.name == name and str(version.number) == number:
                 return version
+        if at and name in self._live:
+            there = ", ".join(f"{name}@{v.number}" for v in self.versions if v.name == name)
+            raise AdapterNotFoundError(
+                f"{model[:140]!r} is not in memory; there are: {there}. EngineConfig.keep_versions (now "
+                f"{self._keep_versions}) decides how many stay."
+            )
         known = ", ".join([self._base.name, *self._live][:8])
         raise AdapterNotFoundError(f"no model {model[:140]!r} is served; there are: {known}. Load it first.")
 

@@ -40,6 +40,13 @@ def encode_chat(chat: Chat, tokenizer: Any, max_len: int, number: int) -> tuple[
         if message["role"] != "assistant":
             continue
         at = Place(number, i + 1)
+        if i == 0:  # no request has an empty prompt, and templates need not render one
+            if chat.learn[i]:
+                raise at.error(
+                    "an answer to nothing cannot be learned; put a user or system message before it, or give it "
+                    '"weight": 0'
+                )
+            continue
         before = renderer.text(messages[:i], True)
         after = whole if i == last else renderer.text(messages[: i + 1], False)
         if not after.startswith(before) or not whole.startswith(after):

@@ -153,6 +153,8 @@ def _read_ids(record: Mapping[str, Any], number: int) -> TokenIds:
     for key, ids in (("input_ids", input_ids), ("labels", labels)):
         if not isinstance(ids, (list, tuple)) or not all(isinstance(t, int) and not isinstance(t, bool) for t in ids):
             raise DataError(f"Example {number}: {key!r} must be a list of integers")
+    if negative := next((token for token in input_ids if token < 0), None):
+        raise DataError(f"Example {number} has token id {negative}; 'input_ids' must not be negative")
     if len(input_ids) != len(labels):
         raise DataError(f"Example {number}: {len(input_ids)} input_ids but {len(labels)} labels")
     for at, (token, label) in enumerate(zip(input_ids, labels, strict=True)):

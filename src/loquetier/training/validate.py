@@ -18,7 +18,7 @@ from loquetier.training.containers import FileLimits, detect_container
 from loquetier.training.encode import Encoded, check_same_format, encode_form, nothing_to_learn, shares_a_token
 from loquetier.training.example import Example
 from loquetier.training.files import Record, iter_records
-from loquetier.training.formats import Form, Pair, format_name, normalize, unused_keys
+from loquetier.training.formats import Form, Pair, TokenIds, format_name, normalize, unused_keys
 from loquetier.training.messages import Chat
 
 Level = Literal["error", "warning"]
@@ -156,6 +156,7 @@ class _Check:
             self.format = self.format or name
             check_same_format(name, self.format, self.num_examples)
             encoded = encode_form(form, self.tokenizer, self.max_seq_len, self.num_examples)
+            self._check_ids(form, encoded)
         except DataError as error:
             self.report(record.line, "error", str(error))
             return
@@ -163,6 +164,13 @@ class _Check:
         self._look_for_duplicates(record.line, form)
         self._look_at_keys(record.line, record.value, form)
         self._measure(record.line, encoded)
+
+    def _check_ids(self, form: Form, encoded: Encoded) -> None:
+        """A job asks the base, which is not loaded here; its embedding has at least the tokenizer's ids."""
+        if isinstance(form, TokenIds) and self.tokenizer is not None:
+            size, highest = len(self.tokenizer), max(encoded.example.tokens)
+            if highest >= size:
+                raise DataError(f"Example {self.num_examples} has token id {highest}; the tokenizer has {size} tokens")
 
     def _report_once(self, line: int, message: str) -> None:
         if message not in self.told:
