@@ -82,7 +82,7 @@ def finetune(
         typer.Option(help="Type of the served weights.", rich_help_panel=_ENGINE),
     ] = "auto",
 ) -> None:
-    """Train an adapter on a file and write it as a PEFT directory. Ctrl-C keeps what is published so far."""
+    """Train an adapter on a file and write it as a PEFT directory. Ctrl-C keeps what is there, or its checkpoints."""
     if resume and checkpoint_dir is None:
         raise typer.BadParameter("needs --checkpoint-dir", param_hint="--resume")
     config, spec = TrainingConfig(**training), _lora_spec(lora, start_from)
@@ -111,7 +111,7 @@ def finetune(
         )
         _tell_resumed(handle, resume)
         _tell_memory(handle)
-        _train(runtime, handle, out, eval_records)
+        _train(runtime, handle, out, eval_records, checkpoint_dir)
 
 
 def _lora_spec(given: Mapping[str, Any], start_from: Path | None) -> AdapterSpec | None:
@@ -178,7 +178,13 @@ def _tell_memory(handle: FinetuneHandle) -> None:
         print(f"queued: {handle.reason}", file=sys.stderr)
 
 
-def _train(runtime: Runtime, handle: FinetuneHandle, out: Path, eval_records: list[dict[str, Any]] | None) -> None:
+def _train(
+    runtime: Runtime,
+    handle: FinetuneHandle,
+    out: Path,
+    eval_records: list[dict[str, Any]] | None,
+    checkpoint_dir: Path | None,
+) -> None:
     """Show progress until the job ends, then write what it published last and say what came out."""
     interrupted = _show_progress(handle)
     failure: LoquetierError | None = None
@@ -186,6 +192,12 @@ def _train(runtime: Runtime, handle: FinetuneHandle, out: Path, eval_records: li
         handle.wait()
     except LoquetierError as error:
         failure = error
+    if interrupted and checkpoint_dir is not None and not handle.checkpoint_errors:
+        # Without --out the very same line can go on.
+        print(
+            f"interrupted after step {len(handle.history)}: go on from {checkpoint_dir} with --resume", file=sys.stderr
+        )
+        raise typer.Exit(130)
     if not any(info.name == handle.name for info in runtime.adapters()):
         if failure is not None:
             raise failure

@@ -168,7 +168,7 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(
     capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = ("finetune", str(data), "--name", "a", "--base", base, "--max-steps", "40", "--dtype", "float32")
-    whole, out, again = tmp_path / "whole", tmp_path / "out", tmp_path / "again"
+    whole, out = tmp_path / "whole", tmp_path / "out"
     assert exit_code(*train, "--out", str(whole)) == 0
     kept = ("--checkpoint-dir", str(tmp_path / "c"), "--checkpoint-every", "5")
     assert exit_code(*train, "--out", str(out), "--resume") == 2
@@ -182,13 +182,14 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(finetuning, "poll_steps", interrupted)
         assert exit_code(*train, "--out", str(out), *kept, "--resume") == 130
-    assert "no checkpoint yet" in capsys.readouterr().err
-    assert exit_code(*train, "--out", str(again), *kept) == 1
+    err = capsys.readouterr().err
+    assert "no checkpoint yet" in err and "interrupted after step" in err and not out.exists()
+    assert exit_code(*train, "--out", str(out), *kept) == 1
     assert "--resume" in capsys.readouterr().err
-    assert exit_code(*train, "--out", str(again), *kept, "--resume") == 0
+    assert exit_code(*train, "--out", str(out), *kept, "--resume") == 0, "the very same line"
     assert "resumed after step" in capsys.readouterr().err
     weights = "adapter_model.safetensors"
-    assert (again / weights).read_bytes() == (whole / weights).read_bytes()
+    assert (out / weights).read_bytes() == (whole / weights).read_bytes()
 
 
 def test_doctor_names_machine_kernels_and_plan(capsys: pytest.CaptureFixture[str]) -> None:
