@@ -151,8 +151,10 @@ def test_lora_plus_speeds_b_and_the_magnitude_up(base: Path, tmp_path: Path) -> 
 
 def test_what_does_not_fit_is_refused_before_anything_starts(base: Path) -> None:
     with Runtime(str(base), config=CONFIG) as runtime:
-        with pytest.raises(ConfigError, match=r"loraplus_lr_ratio=4\.0: ia3 has no B"):
-            train(runtime, IA3Spec(), training=TrainingConfig(loraplus_lr_ratio=4.0))
+        for later in (False, True):  # nothing of it waits for data or memory
+            with pytest.raises(ConfigError, match=r"loraplus_lr_ratio=4\.0: ia3 has no B"):
+                training = TrainingConfig(loraplus_lr_ratio=4.0)
+                train(runtime, IA3Spec(), training=training, validate_in_background=later)
         with pytest.raises(ConfigError, match="lora and spec are both given"):
             runtime.finetune("fox", DATA, lora=LoraSpec(), spec=IA3Spec())
         for wrong in ({"r": 4}, IA3Spec, "ia3"):

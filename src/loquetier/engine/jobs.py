@@ -32,7 +32,7 @@ from loquetier.training.ending import (
     reason_to_stop,
 )
 from loquetier.training.job import EvalResult, EvalTask, FinetuneJob, JobImage, JobStatus, StepRecord
-from loquetier.training.optimizer import AdapterOptimizer
+from loquetier.training.optimizer import AdapterOptimizer, check_ratio
 from loquetier.training.states import resumed
 
 log = logging.getLogger("loquetier.jobs")
@@ -144,7 +144,7 @@ class Jobs:
     def reserve(self, name: str, spec: AdapterSpec, config: TrainingConfig, listener: JobListener) -> FinetuneJob:
         """A job whose data is still being read: `supply` or `refuse` it later. Raises as `start`."""
         self._check_trainable(name)
-        resolve_modules(spec, self.trainer.base.targets)
+        check_ratio(config, resolve_modules(spec, self.trainer.base.targets))
         job = FinetuneJob(next(self._ids), name, spec, config)
         self._waiting[job.job_id], self._listeners[job.job_id] = job, listener
         listener(job, None)
@@ -229,6 +229,7 @@ class Jobs:
         image: JobImage | None = None,
     ) -> Ticket:
         modules = resolve_modules(job.spec, self.trainer.base.targets)
+        check_ratio(job.config, modules)
         source = None
         if start_from is not None and image is None:
             self._check_same_layout(start_from, modules)

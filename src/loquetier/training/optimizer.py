@@ -27,6 +27,15 @@ def learning_rate(config: TrainingConfig, step: int, total_steps: int) -> float:
     return config.learning_rate * max(0.0, 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / left)))
 
 
+def check_ratio(config: TrainingConfig, modules: tuple[ModulePlan, ...]) -> None:
+    """Refuse LoRA+ for a method without a part that learns faster. Raises ConfigError."""
+    ratio = config.loraplus_lr_ratio
+    if ratio is not None and num_a_elements(modules) == num_elements(modules):
+        raise ConfigError(
+            f"loraplus_lr_ratio={ratio}: {modules[0].method} has no B that could learn faster; leave it out"
+        )
+
+
 class AdapterOptimizer:
     """AdamW (arXiv 1711.05101) over one adapter, with the job's own clipping and schedule.
 
@@ -45,11 +54,8 @@ class AdapterOptimizer:
         self._config = config
         ratio = config.loraplus_lr_ratio
         # LoRA+: A's part of the slot and the rest are two parameters; the flat tensors stay what everybody else sees.
+        check_ratio(config, modules)
         border = None if ratio is None else num_a_elements(modules)
-        if border == len(self.grad):
-            raise ConfigError(
-                f"loraplus_lr_ratio={ratio}: {modules[0].method} has no B that could learn faster; leave it out"
-            )
         self._parts = [slice(None)] if border is None else [slice(border), slice(border, None)]
         self._ratios = [1.0] if ratio is None else [1.0, ratio]
         # Views of the master rather than itself, so that it keeps no reference to the gradient.
