@@ -196,7 +196,8 @@ def _check_storage(directory: CheckpointDirectory, job: NewJob, modules: tuple[M
     # A new one is complete before the oldest goes.
     most = min(directory.config.keep + 1, steps // directory.config.every + 1)
     count = max(1, most - len(directory.checkpoints()))
-    check_room(directory.path, count * checkpoint_bytes(modules, steps), f"{count} checkpoints of job {job.name!r}")
+    what = f"{count} checkpoints of job {job.name!r}"
+    check_room(directory.path, count * checkpoint_bytes(modules, steps), what, "lower checkpoints_to_keep or r")
 
 
 def _place(image: JobImage) -> tuple[object, ...]:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,7 +16,7 @@ import typer
 from loquetier.adapters.spec import AdapterSpec, LoraSpec
 from loquetier.cli_options import spelled, with_options
 from loquetier.config import EngineConfig, TrainingConfig
-from loquetier.errors import AdapterExistsError, ConfigError, LoquetierError
+from loquetier.errors import AdapterExistsError, ConfigError, InsufficientStorageError, LoquetierError
 
 if TYPE_CHECKING:
     from loquetier.finetuning import FinetuneHandle
@@ -81,8 +82,20 @@ def finetune(
         Literal["auto", "float32", "bfloat16"],
         typer.Option(help="Type of the served weights.", rich_help_panel=_ENGINE),
     ] = "auto",
+    adapter_memory: Annotated[
+        int | None, typer.Option(help="Bytes for adapters, in training and served.", rich_help_panel=_ENGINE)
+    ] = None,
+    train_memory: Annotated[
+        int | None, typer.Option(help="Bytes for training beside its adapter.", rich_help_panel=_ENGINE)
+    ] = None,
+    tape: Annotated[
+        Literal["auto", "graph", "replay"],
+        typer.Option(help="What a training forward keeps; replay takes less memory.", rich_help_panel=_ENGINE),
+    ] = "auto",
 ) -> None:
     """Train an adapter on a file and write it as a PEFT directory. Ctrl-C keeps what is there, or its checkpoints."""
+    if training.get("max_steps") is not None and "num_epochs" in training:
+        raise typer.BadParameter("give either --max-steps or --num-epochs, not both", param_hint="--max-steps")
     if resume and checkpoint_dir is None:
         raise typer.BadParameter("needs --checkpoint-dir", param_hint="--resume")
     config, spec = TrainingConfig(**training), _lora_spec(lora, start_from)
@@ -91,7 +104,10 @@ def finetune(
     records, eval_records = _check_before_training(name, data, eval_data, out)
     from loquetier.runtime import Runtime
 
-    with Runtime(base, config=EngineConfig(dtype=dtype, keep_versions=keep_versions)) as runtime:
+    engine = EngineConfig(
+        dtype=dtype, keep_versions=keep_versions, adapter_memory=adapter_memory, train_memory=train_memory, tape=tape
+    )
+    with Runtime(base, config=engine) as runtime:
         start = None
         if start_from is not None:
             start, spec = _load_start(runtime, name, start_from)
@@ -111,6 +127,7 @@ def finetune(
         )
         _tell_resumed(handle, resume)
         _tell_memory(handle)
+        _check_room_for_result(handle, out)
         _train(runtime, handle, out, eval_records, checkpoint_dir)
 
 
@@ -178,6 +195,18 @@ def _tell_memory(handle: FinetuneHandle) -> None:
         print(f"queued: {handle.reason}", file=sys.stderr)
 
 
+def _check_room_for_result(handle: FinetuneHandle, out: Path) -> None:
+    """Raises InsufficientStorageError, and cancels the job, when the disk cannot hold its adapter now."""
+    from loquetier.storage import check_room
+
+    if handle.estimate is not None:
+        try:
+            check_room(out.absolute().parent, handle.estimate.slot, f"the weights of {handle.name!r}", "lower r")
+        except LoquetierError:
+            handle.cancel()
+            raise
+
+
 def _train(
     runtime: Runtime,
     handle: FinetuneHandle,
@@ -203,7 +232,7 @@ def _train(
             raise failure
         print("interrupted before anything was published: there is nothing to write", file=sys.stderr)
         raise typer.Exit(130)
-    digest = runtime.export_adapter(handle.name, out)
+    digest = _export(runtime, handle.name, out)
     if interrupted or failure is not None:
         print(f"The training did not finish after step {len(handle.history)}: {out} holds what was published last.")
     for problem in handle.checkpoint_errors:
@@ -221,6 +250,26 @@ def _train(
         raise failure
     if interrupted:
         raise typer.Exit(130)
+
+
+def _export(runtime: Runtime, name: str, out: Path) -> str:
+    """Write the adapter; while the disk is full what was trained waits in memory, until there is room or Ctrl-C."""
+    from loquetier.storage import FIRST_WAIT, LONGEST_WAIT
+
+    wait = FIRST_WAIT
+    while True:
+        try:
+            return runtime.export_adapter(name, out)
+        except InsufficientStorageError as error:
+            print(f"{error}. Trying again in {wait:g} s; Ctrl-C gives up what was trained", file=sys.stderr)
+            before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the way out, while nothing is written
+            try:
+                time.sleep(wait)
+            except KeyboardInterrupt:
+                raise error from None
+            finally:
+                signal.signal(signal.SIGINT, before)
+            wait = min(2 * wait, LONGEST_WAIT)
 
 
 def _print_history(handle: FinetuneHandle) -> None:

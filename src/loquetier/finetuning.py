@@ -12,7 +12,7 @@ from pathlib import Path
 
 from loquetier.engine.engine import Engine
 from loquetier.engine.loop import EngineLoop
-from loquetier.errors import EngineStoppedError
+from loquetier.errors import EngineStoppedError, LoquetierError
 from loquetier.reporting.callbacks import as_observer
 from loquetier.reporting.events import JobCallback, JobEvent, JobObserver, JobStart
 from loquetier.reporting.files import JobFiles
@@ -190,6 +190,11 @@ class FinetuneHandle:
     def reason(self) -> str | None:
         """Why it is in its state, where that does not say it: what it waits for, why it is paused or ended early."""
         return self.job.reason
+
+    @property
+    def error(self) -> LoquetierError | None:
+        """Why it failed; None unless it did."""
+        return self.job.error
 
     @property
     def position(self) -> int | None:

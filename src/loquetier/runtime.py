@@ -46,6 +46,7 @@ from loquetier.info import AdapterInfo as AdapterInfo
 from loquetier.info import RuntimeStats as RuntimeStats
 from loquetier.intake import start_later, start_now
 from loquetier.reporting.reporters import open_reporters
+from loquetier.storage import FULL, out_of_room
 from loquetier.training.chat import template_fingerprint
 from loquetier.training.data import encode_examples
 from loquetier.training.job import EvalResult, FinetuneJob
@@ -217,7 +218,8 @@ class Runtime:
         """Write a served version as a PEFT directory; returns its digest (sha256).
 
         Raises:
-            AdapterNotFoundError: no such model. ConfigError: it is the base. AdapterError: the directory exists.
+            AdapterNotFoundError: no such model. ConfigError: it is the base. AdapterError: the directory exists or
+                cannot be written. InsufficientStorageError: the disk is full. Nothing is left behind.
         """
         version, modules, factors = self._loop.call(lambda: self._engine.adapters.factors(model))
         try:
@@ -231,6 +233,9 @@ class Runtime:
                 template_fingerprint=version.template_fingerprint,
             )
         except OSError as error:
+            if error.errno in FULL:
+                needed = sum(part.nbytes for parts in factors.values() for part in parts)
+                raise out_of_room(path_of(directory).absolute().parent, needed) from error
             raise AdapterError(f"cannot write {os.fspath(directory)!r}: {error.strerror}") from error
 
     def _info(self, name: str) -> AdapterInfo:

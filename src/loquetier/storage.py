@@ -95,8 +95,20 @@ def free_bytes(directory: Path) -> int:
     return 0
 
 
-def check_room(directory: Path, needed: int, what: str) -> None:
+def out_of_room(directory: Path, needed: int) -> InsufficientStorageError:
+    """The error of a write that found the disk full."""
+    return InsufficientStorageError(
+        f"{str(directory)!r}: {needed} bytes needed, {free_bytes(directory)} free; make room, or choose another "
+        "directory"
+    )
+
+
+def check_room(directory: Path, needed: int, what: str, fewer: str) -> None:
     """Whether there is room now.
+
+    Args:
+        what: needs it, in the plural.
+        fewer: what would make it less.
 
     Raises:
         InsufficientStorageError: there is not, with the numbers.
@@ -104,6 +116,6 @@ def check_room(directory: Path, needed: int, what: str) -> None:
     free = free_bytes(directory)
     if needed > free:
         raise InsufficientStorageError(
-            f"{what} need {needed} bytes in {str(directory)!r}, and {free} are free. Make room, lower "
-            "checkpoints_to_keep or r, or give another directory."
+            f"{what} need {needed} bytes in {str(directory)!r}, and {free} are free. Make room, {fewer}, or give "
+            "another directory."
         )

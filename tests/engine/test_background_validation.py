@@ -89,6 +89,7 @@ def test_what_is_wrong_fails_the_job(
     with pytest.raises(error, match=message):
         handle.wait(60)
     assert handle.status is JobStatus.FAILED
+    assert handle.error is not None
     start(runtime, tmp_path / "c").wait(60)  # name and directory are free again
 
 

@@ -192,7 +192,7 @@ def test_too_little_room_is_told_before_the_first_step(
 def test_what_was_refused_room_for_is_enough(runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bytes asked for are those that checkpoints take, with a margin for text that is not tenfold."""
     asked: list[int] = []
-    monkeypatch.setattr("loquetier.checkpointing.check_room", lambda _path, needed, _what: asked.append(needed))
+    monkeypatch.setattr("loquetier.checkpointing.check_room", lambda _path, needed, *_: asked.append(needed))
     start(runtime, tmp_path / "c", checkpoint_every=1, checkpoints_to_keep=2, lora=replace(SPEC, r=32)).wait(60)
     held = sum(f.stat().st_size for f in (tmp_path / "c").rglob("*") if f.is_file())
     assert held * 3 / 2 <= asked[0] <= 1.5 * held * 3 / 2

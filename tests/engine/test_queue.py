@@ -146,7 +146,7 @@ def test_memory_that_comes_back_while_idle_starts_the_next() -> None:
 def test_what_could_never_fit_is_refused_with_the_numbers() -> None:
     with checked(engine_for(4)) as engine:
         start(engine, "other", SPEC, CONFIG, DATA)
-        with pytest.raises(OutOfAdapterMemoryError, match=r"needs \d+ bytes.*arena has.*Lower r.*adapter_memory"):
+        with pytest.raises(OutOfAdapterMemoryError, match=r"needs [\d.]+ MiB.*arena has.*Lower r.*adapter_memory"):
             start(engine, "job", replace(SPEC, r=240), CONFIG, DATA)
         assert engine.jobs.find("job") is None
         run(engine)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.tiny import save_tiny
 
 import loquetier.finetuning as finetuning
+import loquetier.runtime as runtime
 from loquetier.cli import main
 from loquetier.doctor import report
 from loquetier.errors import ConfigError
@@ -50,6 +53,14 @@ def failure(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return err
 
 
+def failure_at_end(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Everything on stderr of a command that fails after it has begun; its last line is the error."""
+    assert exit_code(*argv) == 1
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1].startswith("error [") and "Traceback" not in err, err
+    return err
+
+
 def test_the_command_line_loads_no_torch() -> None:
     code = "import sys, loquetier.cli; assert not {'torch', 'transformers', 'rich.live'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
@@ -75,6 +86,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         ("generate", "hi", "--temperature", "warm"),
         ("generate", "hi", "--dtype", "int8"),
         ("finetune", "x.jsonl", "--name", "a", "--out", "b", "--start-from", "c", "--r", "4"),
+        ("finetune", "x.jsonl", "--name", "a", "--out", "b", "--max-steps", "3", "--epochs", "2"),
         ("no-such-command",),
     ],
 )
@@ -190,6 +202,48 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(
     assert "resumed after step" in capsys.readouterr().err
     weights = "adapter_model.safetensors"
     assert (out / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+def test_a_full_disk_at_the_end_keeps_what_was_trained(
+    capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told before the first step where it can be, and waited for where it cannot."""
+    train = ("finetune", str(data), "--name", "a", "--base", base, "--max-steps", "2", "--out", str(tmp_path / "out"))
+    with monkeypatch.context() as patch:
+        patch.setattr("loquetier.storage.free_bytes", lambda _: 5000)
+        err = failure_at_end(capsys, *train)
+        assert "[insufficient_storage]" in err and "5000 are free" in err and "Trying again" not in err
+    real, tries = runtime.write_adapter, []
+
+    def full(*args: Any, **kwargs: Any) -> str:
+        tries.append(1)
+        if len(tries) < 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "write_adapter", full)
+        patch.setattr("loquetier.storage.FIRST_WAIT", 0.01)
+        assert exit_code(*train) == 0
+    err = capsys.readouterr().err
+    assert err.count("Trying again") == 2 and "bytes needed" in err
+    assert len(tries) == 3 and (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_nobody_waits_for_room_against_ctrl_c(
+    capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runtime, "write_adapter", full)
+    monkeypatch.setattr("loquetier.cli_finetune.time.sleep", interrupted)
+    train = ("finetune", str(data), "--name", "a", "--base", base, "--max-steps", "2", "--out", str(tmp_path / "out"))
+    assert "[insufficient_storage]" in failure_at_end(capsys, *train)
+    assert not (tmp_path / "out").exists()
 
 
 def test_doctor_names_machine_kernels_and_plan(capsys: pytest.CaptureFixture[str]) -> None:

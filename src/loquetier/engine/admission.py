@@ -86,17 +86,18 @@ class Admission:
         source = 0 if ticket.source is None else arena.slot_bytes(ticket.source.slot)
         if estimate.arena + source > arena.total_bytes:
             raise OutOfAdapterMemoryError(
-                f"job {ticket.job.name!r} needs {estimate.arena + source} bytes of adapter memory (one slot to train "
-                f"in, {estimate.published + estimate.publishing} to publish to, {source} to continue from), more than "
-                f"the arena has when all of it is free: {arena.total_bytes} bytes. Lower r, choose fewer "
-                "target_modules, or raise adapter_memory."
+                f"job {ticket.job.name!r} needs {_mib(estimate.arena + source)} of adapter memory "
+                f"({_mib(estimate.slot)} to train in, {_mib(estimate.published + estimate.publishing)} to publish to, "
+                f"{_mib(source)} to continue from), more than the arena has when all of it is free: "
+                f"adapter_memory={arena.total_bytes} ({_mib(arena.total_bytes)}). Lower r, choose fewer "
+                "target_modules, publish at the end only, or raise adapter_memory."
             )
         limit = self.model.train_memory
         if limit is not None and self.model.smallest(ticket.needs) > limit:
             raise OutOfTrainMemoryError(
-                f"job {ticket.job.name!r} needs {self.model.smallest(ticket.needs)} bytes to train even alone, more "
-                f"than train_memory={limit}: {estimate.state} for its state, the rest for a tape of "
-                f"{estimate.rows} rows (the longest example has {ticket.needs.longest}). Lower "
+                f"job {ticket.job.name!r} needs {_mib(self.model.smallest(ticket.needs))} to train even alone, more "
+                f"than train_memory={limit} ({_mib(limit)}): {_mib(estimate.state)} for its state, the rest for a "
+                f"tape of {estimate.rows} rows (the longest example has {ticket.needs.longest}). Lower "
                 "max_seq_len or r, choose fewer target_modules, or raise train_memory."
             )
 
@@ -182,8 +183,8 @@ class Admission:
         kept = sum(arena.slot_bytes(v.slot) for v in self.registry.versions if v.is_kept and v.users == 0)
         if arena.free_bytes + kept < wanted:
             return (
-                f"waits for adapter memory: with what the jobs before it will publish to, {wanted} bytes are needed, "
-                f"and {arena.free_bytes} of {arena.total_bytes} are free"
+                f"waits for adapter memory: with what the jobs before it will publish to, {_mib(wanted)} are needed, "
+                f"and {_mib(arena.free_bytes)} of {_mib(arena.total_bytes)} are free"
             )
         while arena.free_bytes < wanted and arena.reclaim():
             pass
@@ -194,7 +195,8 @@ class Admission:
         if wanted <= limit:
             return None
         return (
-            f"waits for training memory: with the jobs that run, {wanted} bytes are needed, and train_memory is {limit}"
+            f"waits for training memory: with the jobs that run, {_mib(wanted)} are needed, and train_memory is "
+            f"{_mib(limit)}"
         )
 
     def _reserved(self, running: Iterable[MemoryNeeds], own: int) -> int:
@@ -211,6 +213,10 @@ class Admission:
                 f"jobs {sorted(held)} have memory, {sorted(self._admitted)} are counted; {state} and "
                 f"{self._state_bytes} bytes"
             )
+
+
+def _mib(size: int) -> str:
+    return f"{size / (1 << 20):.1f} MiB"
 
 
 def memory_model(base: Base, config: EngineConfig, factor_itemsize: int) -> MemoryModel:
