@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,24 @@ def test_closed_midway_and_resumed_ends_where_the_unbroken_run_does(
         assert handle.resumed is not None and handle.resumed.differences == ()
         assert exported(runtime, tmp_path / "out") == weights
         runtime.check_integrity()
+
+
+def test_checkpoints_that_are_served_answer_with_the_norms_of_their_weights(base: Path, tmp_path: Path) -> None:
+    """publish="checkpoint" copies weights from the disk's image: what DoRA derives from them is computed anew."""
+    config = replace(CONFIG, keep_versions=9)
+    training = replace(TRAINING, max_steps=7, publish="checkpoint")
+    with Runtime(str(base), config=config) as runtime:
+        place = {"checkpoint_dir": tmp_path / "c", "checkpoint_every": 2, "checkpoints_to_keep": 9}
+        handle = train(runtime, SPECS["dora"], training=training, **place)
+        handle.wait(60)
+        versions = dict(handle.job.versions)
+        assert len(versions) > 1
+        for step, number in versions.items():
+            path = handle.checkpoint_at(step)
+            assert path is not None
+            runtime.load_adapter("again", path)
+            assert runtime.evaluate(f"fox@{number}", DATA) == runtime.evaluate("again", DATA)
+            runtime.unload_adapter("again")
 
 
 def test_what_is_exported_is_what_answers_and_stock_peft_loads_it(

@@ -96,8 +96,8 @@ class Admission:
             raise OutOfTrainMemoryError(
                 f"job {ticket.job.name!r} needs {self.model.smallest(ticket.needs)} bytes to train even alone, more "
                 f"than train_memory={limit}: {estimate.state} for its state, the rest for a tape of "
-                f"{estimate.rows} rows (the longest example has {ticket.needs.longest}). Lower "
-                "max_seq_len or r, choose fewer target_modules, or raise train_memory."
+                f"{estimate.rows} rows (the longest example has {ticket.needs.longest}). Lower max_train_rows, "
+                "max_seq_len, batch_size or r, choose fewer target_modules, or raise train_memory."
             )
 
     def enter(self, ticket: Ticket) -> None:
