@@ -152,7 +152,9 @@ def test_what_could_never_fit_is_refused_with_the_numbers() -> None:
         run(engine)
     long = random_examples(1, 240, 240, 1)
     with checked(make_engine(model={"layers": 20}, train_memory=MIB, tape="graph")) as engine:
-        with pytest.raises(OutOfTrainMemoryError, match=r"needs \d+ bytes.*train_memory=1048576.*Lower max_train_rows, max_seq_len"):
+        with pytest.raises(
+            OutOfTrainMemoryError, match=r"needs \d+ bytes.*train_memory=1048576.*Lower max_train_rows, max_seq_len"
+        ):
             start(engine, "job", LoraSpec(r=2), CONFIG, long)
         assert not engine.has_work
 
