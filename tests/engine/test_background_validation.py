@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.engine.test_checkpoint import CONFIG, DATA, GREEDY, curve, exported, start, unbroken
+from tests.engine.test_checkpoint import CONFIG, DATA, GREEDY, broken_off, curve, exported, start, unbroken
 from tests.tiny import save_tiny
 
 from loquetier import Runtime
@@ -79,6 +79,7 @@ def test_it_ends_as_if_the_data_had_been_read_before(runtime: Runtime, base: Pat
     [
         ({"data": [DATA[0], {"wrong": 1}]}, DataError, "Example 2"),
         ({"data": "/no/such/file.jsonl"}, DataError, "no/such/file"),
+        ({"data": [{"input_ids": [1, 10**6], "labels": [1, 10**6]}]}, DataError, "1000000"),
         ({"lora": LoraSpec(r=4096)}, OutOfAdapterMemoryError, "adapter_memory"),
     ],
 )
@@ -122,6 +123,17 @@ def test_paused_resumed_and_cancelled_while_validating(runtime: Runtime, tmp_pat
         handle.resume()
     data.may_go.set()
     start(runtime, name="dog").wait(60)
+
+
+def test_closing_saves_a_job_whose_data_was_read_on_the_thread(base: Path, tmp_path: Path) -> None:
+    weights, expected = unbroken(base, tmp_path)
+    first = broken_off(base, tmp_path / "c", after=4, checkpoint_every=100, validate_in_background=True)
+    assert len(first.history) < 10, "the runtime was closed too late for this test to test anything"
+    with Runtime(str(base), config=CONFIG) as runtime:
+        handle = start(runtime, tmp_path / "c", checkpoint_every=100, validate_in_background=True, resume=True)
+        assert curve(handle.wait(60)) == expected
+        assert handle.resumed is not None and handle.resumed.step >= 4
+        assert exported(runtime, tmp_path / "out") == weights
 
 
 def test_closing_while_validating(base: Path) -> None:

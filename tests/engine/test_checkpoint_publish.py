@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +16,10 @@ from safetensors.torch import load_file
 from tests.tiny import save_tiny
 
 from loquetier import EngineConfig, LoraSpec, Runtime, TrainingConfig
+from loquetier.checkpointing import _Writer
 from loquetier.errors import ConfigError
 from loquetier.finetuning import FinetuneHandle, JobEvent
+from loquetier.storage import StorageWait
 from loquetier.training.job import FinetuneJob
 from loquetier.virtual import VirtualModel
 
@@ -65,6 +69,51 @@ def test_every_checkpoint_is_served_bit_for_bit_once_it_is_on_the_disk(base: str
             assert path is not None and path.name == f"step-{step:06d}"
             assert_serves(runtime, f"fox@{number}", path, tmp_path / f"out-{step}")
         assert runtime.adapter("fox").version == versions[7]
+
+
+def test_a_checkpoint_is_served_while_its_job_goes_on(base: str, tmp_path: Path) -> None:
+    ready, paused = threading.Event(), threading.Event()
+
+    def pause(event: JobEvent) -> None:
+        if event.kind == "checkpoint" and not paused.is_set() and ready.wait(60):
+            job.pause()
+            paused.set()
+
+    with Runtime(base, config=CONFIG) as runtime:
+        many = replace(TRAINING, max_steps=5000)  # so many that the pause comes before the end
+        job = start(runtime, tmp_path / "c", many, checkpoints_to_keep=9999, callbacks=[pause])
+        ready.set()
+        assert paused.wait(60)
+        while not (versions := runtime._loop.call(lambda: dict(job.job.versions))):
+            assert not job.status.is_final
+        step, number = next(iter(versions.items()))
+        path = job.checkpoint_at(step)
+        assert path is not None
+        assert_serves(runtime, f"fox@{number}", path, tmp_path / "out")
+        job.cancel()
+
+
+def test_the_best_one_waits_for_the_disk_and_others_make_room(tmp_path: Path) -> None:
+    """While a checkpoint is being written only the newest image waits, and beside it the best one so far."""
+    written: list[str] = []
+    writing, go_on, at_end = threading.Event(), threading.Event(), threading.Event()
+
+    def write(image: Any) -> None:
+        writing.set()
+        assert go_on.wait(60)
+        written.append(image.name)
+
+    writer = _Writer(write, [], StorageWait(tmp_path, lambda reason: None, lambda: None))
+    images: list[Any] = [SimpleNamespace(name=name, master=torch.zeros(1)) for name in "abcde"]
+    writer.put(images[0])
+    assert writing.wait(60)
+    for image, is_best in zip(images[1:4], (False, True, False), strict=True):
+        writer.put(image, is_best=is_best)
+    writer.put(images[4])
+    writer.finish(None, at_end.set, is_patient=True)
+    go_on.set()
+    writer.join()
+    assert written == ["a", "c", "e"] and at_end.is_set()
 
 
 def test_after_a_break_the_checkpoint_is_served_at_once(base: str, tmp_path: Path) -> None:

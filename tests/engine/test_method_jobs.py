@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,32 @@ def test_closed_midway_and_resumed_ends_where_the_unbroken_run_does(
         assert handle.resumed is not None and handle.resumed.differences == ()
         assert exported(runtime, tmp_path / "out") == weights
         runtime.check_integrity()
+
+
+def test_a_checkpoint_that_is_served_answers_with_the_norms_of_its_weights(base: Path, tmp_path: Path) -> None:
+    """publish="checkpoint" copies weights from the disk's image: what DoRA derives from them is computed anew."""
+    training = replace(TRAINING, max_steps=5000, publish="checkpoint")  # so many that the pause comes before the end
+    ready, paused = threading.Event(), threading.Event()
+
+    def pause(event: JobEvent) -> None:
+        if event.kind == "checkpoint" and not paused.is_set() and ready.wait(60):
+            handle.pause()
+            paused.set()
+
+    with Runtime(str(base), config=CONFIG) as runtime:
+        place = {"checkpoint_dir": tmp_path / "c", "checkpoint_every": 2, "checkpoints_to_keep": 9999}
+        handle = train(runtime, SPECS["dora"], training=training, callbacks=[pause], **place)
+        ready.set()
+        assert paused.wait(60)
+        while not (versions := runtime._loop.call(lambda: dict(handle.job.versions))):
+            assert not handle.status.is_final
+        step, number = max(versions.items())
+        path = handle.checkpoint_at(step)
+        assert path is not None
+        runtime.load_adapter("again", path)
+        assert runtime.adapter("fox").version == number
+        assert runtime.evaluate("fox", DATA).loss == pytest.approx(runtime.evaluate("again", DATA).loss, rel=1e-6)
+        handle.cancel()
 
 
 def test_what_is_exported_is_what_answers_and_stock_peft_loads_it(

@@ -152,9 +152,35 @@ def test_what_could_never_fit_is_refused_with_the_numbers() -> None:
         run(engine)
     long = random_examples(1, 240, 240, 1)
     with checked(make_engine(model={"layers": 20}, train_memory=MIB, tape="graph")) as engine:
-        with pytest.raises(OutOfTrainMemoryError, match=r"needs \d+ bytes.*train_memory=1048576.*max_seq_len"):
+        with pytest.raises(
+            OutOfTrainMemoryError, match=r"needs \d+ bytes.*train_memory=1048576.*Lower max_train_rows, max_seq_len"
+        ):
             start(engine, "job", LoraSpec(r=2), CONFIG, long)
         assert not engine.has_work
+
+
+def test_what_it_continues_from_counts_for_what_could_never_fit() -> None:
+    with checked(make_engine(adapter_memory=MIB)) as engine:  # two slots of BIG and the source are more than a MiB
+        load_random_adapter(engine, "source", BIG, 1)
+        with pytest.raises(OutOfAdapterMemoryError, match=r"[1-9]\d* to continue from"):
+            start(engine, "job", BIG, CONFIG, DATA, start_from="source")
+        engine.adapters.unload("source")
+        job = start(engine, "job", BIG, CONFIG, DATA)  # afresh it fits
+        run(engine)
+        assert job.status is JobStatus.SUCCEEDED
+
+
+@pytest.mark.parametrize(("num_slots", "second"), [(4, QUEUED), (5, RUNNING)])
+def test_jobs_that_publish_often_share_the_room_to_replace_a_version(num_slots: int, second: JobStatus) -> None:
+    often = replace(CONFIG, publish="every_step", max_steps=4)
+    with checked(engine_for(num_slots)) as engine:
+        jobs = [start(engine, name, SPEC, often, DATA) for name in ("first", "second")]
+        assert [job.status for job in jobs] == [RUNNING, second]
+        run(engine)
+        if second is QUEUED:
+            engine.adapters.unload("first")
+            run(engine)
+        assert all(list(job.versions) == [1, 2, 3, 4] for job in jobs)  # none was left out for want of room
 
 
 def test_training_memory_is_shared_by_all_jobs() -> None:

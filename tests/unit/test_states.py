@@ -83,3 +83,10 @@ def test_every_state_is_in_the_table_and_reachable() -> None:
     for _ in JobStatus:
         reached |= {to for status in reached for to in TRANSITIONS[status]}
     assert reached == set(JobStatus)
+
+
+@pytest.mark.parametrize("before", [JobStatus.VALIDATING_FILES, JobStatus.QUEUED])
+def test_without_memory_there_is_no_success_and_nothing_to_move(before: JobStatus) -> None:
+    for after in (JobStatus.SUCCEEDED, JobStatus.DETACHED):
+        with pytest.raises(JobStateError, match=f"is {before.value} and cannot become {after.value}"):
+            check_transition("job", before, after)

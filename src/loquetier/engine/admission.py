@@ -98,7 +98,7 @@ class Admission:
                 f"job {ticket.job.name!r} needs {_mib(self.model.smallest(ticket.needs))} to train even alone, more "
                 f"than train_memory={limit} ({_mib(limit)}): {_mib(estimate.state)} for its state, the rest for a "
                 f"tape of {estimate.rows} rows (the longest example has {ticket.needs.longest}). Lower "
-                "max_seq_len or r, choose fewer target_modules, or raise train_memory."
+                "max_train_rows, max_seq_len, batch_size or r, choose fewer target_modules, or raise train_memory."
             )
 
     def enter(self, ticket: Ticket) -> None:
