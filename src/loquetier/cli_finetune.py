@@ -245,7 +245,7 @@ def _train(
     if eval_records is not None and failure is None:
         result = runtime.evaluate(handle.name, eval_records, max_seq_len=handle.job.config.max_seq_len)
         print(f"held-out: loss {result.loss:.4f}, token accuracy {result.accuracy:.1%}, {result.num_tokens} tokens")
-    print(f"written to {out} (sha256 {digest})")
+    print(f"written to {out} (digest of the weights {digest})")
     if failure is not None:
         raise failure
     if interrupted:

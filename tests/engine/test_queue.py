@@ -127,6 +127,20 @@ def test_the_first_waits_for_room_and_no_smaller_one_overtakes() -> None:
         assert len(weights) == 3 and big.position is None and big.reason is None
 
 
+def test_a_listener_hears_what_a_job_waits_for() -> None:
+    with checked(engine_for(5)) as engine:
+        start(engine, "first", SPEC, CONFIG, DATA)
+        heard: list[tuple[str, str | None]] = []
+        big = engine.jobs.start(
+            "big", replace(SPEC, r=120), CONFIG, DATA, (), lambda job, _: heard.append((job.status.value, job.reason))
+        )
+        assert heard[-1] == ("queued", big.reason) and "waits for adapter memory" in str(big.reason)
+        run(engine)
+        queued = [reason for status, reason in heard if status == "queued"]
+        assert len(queued) == len(set(queued)), "told once for each reason"
+        assert [status for status, _ in dict.fromkeys(heard)][-2:] == ["running", "succeeded"]
+
+
 def test_memory_that_comes_back_while_idle_starts_the_next() -> None:
     with checked(engine_for(4)) as engine:
         for name in ("a", "b", "c"):
@@ -153,7 +167,7 @@ def test_what_could_never_fit_is_refused_with_the_numbers() -> None:
     long = random_examples(1, 240, 240, 1)
     with checked(make_engine(model={"layers": 20}, train_memory=MIB, tape="graph")) as engine:
         with pytest.raises(
-            OutOfTrainMemoryError, match=r"needs \d+ bytes.*train_memory=1048576.*Lower max_train_rows, max_seq_len"
+            OutOfTrainMemoryError, match=r"needs [\d.]+ MiB.*train_memory=1048576.*Lower max_train_rows, max_seq_len"
         ):
             start(engine, "job", LoraSpec(r=2), CONFIG, long)
         assert not engine.has_work
@@ -162,7 +176,9 @@ def test_what_could_never_fit_is_refused_with_the_numbers() -> None:
 def test_what_it_continues_from_counts_for_what_could_never_fit() -> None:
     with checked(make_engine(adapter_memory=MIB)) as engine:  # two slots of BIG and the source are more than a MiB
         load_random_adapter(engine, "source", BIG, 1)
-        with pytest.raises(OutOfAdapterMemoryError, match=r"[1-9]\d* to continue from"):
+        with pytest.raises(
+            OutOfAdapterMemoryError, match=r"[1-9][\d.]* MiB to continue from|0\.[1-9] MiB to continue from"
+        ):
             start(engine, "job", BIG, CONFIG, DATA, start_from="source")
         engine.adapters.unload("source")
         job = start(engine, "job", BIG, CONFIG, DATA)  # afresh it fits

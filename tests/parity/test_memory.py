@@ -49,16 +49,21 @@ def examples(count: int, rows: int, labels: int) -> tuple[Example, ...]:
 
 
 def measured(
-    base: Base, spec: LoraSpec, config: TrainingConfig, data: tuple[Example, ...], **engine: Any
+    base: Base,
+    spec: LoraSpec,
+    config: TrainingConfig,
+    data: tuple[Example, ...],
+    held_out: tuple[Example, ...] = (),
+    **engine: Any,
 ) -> tuple[int, MemoryEstimate]:
     """Most bytes alive at once while a job runs alone, and what was estimated for the same things."""
     dtype: Any = "float32" if base.dtype == torch.float32 else "bfloat16"
     settings = {"dtype": dtype, "device": "cpu", "kv_memory": MIB, "adapter_memory": 64 * MIB} | engine
     built = Engine(base, EngineConfig(**settings))
-    for example in data:  # its arrays are made once, by numpy, which is not counted here
+    for example in (*data, *held_out):  # its arrays are made once, by numpy, which is not counted here
         assert example.label_targets is not None
     with LiveBytes() as memory:
-        job = start(built, "job", spec, config, data)
+        job = start(built, "job", spec, config, data, eval_examples=held_out)
         assert job.estimate is not None
         run(built)
     return memory.peak, job.estimate
@@ -66,7 +71,8 @@ def measured(
 
 def tensors(estimate: MemoryEstimate) -> int:
     """The part of an estimate that a run without checkpoints makes as tensors, outside the arena."""
-    return estimate.master + estimate.gradient + estimate.moments + estimate.activations
+    peak = max(estimate.activations, estimate.evaluation)
+    return estimate.master + estimate.gradient + estimate.moments + peak
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -103,6 +109,20 @@ def test_other_shapes(tape: str, case: dict[str, Any]) -> None:
         examples(2, 300, case.get("labels", 200)),
         tape=tape,
         train_window=100,
+    )
+    assert tensors(estimate) == pytest.approx(peak, rel=WITHIN)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("tape", ["graph", "replay"])
+@pytest.mark.parametrize("model", [{}, {"intermediate_size": 300}, {"hidden": 128}], ids=str)
+@pytest.mark.parametrize(("count", "rows", "labels"), [(1, 1000, 3), (2, 500, 499), (5, 300, 150)])
+def test_long_evaluations(
+    dtype: torch.dtype, tape: str, model: dict[str, Any], count: int, rows: int, labels: int
+) -> None:
+    """Steps of EVAL rows are the highest point where the held-out examples are longer than those trained on."""
+    peak, estimate = measured(
+        base_of(dtype, **model), LoraSpec(r=4), CONFIG, examples(2, 40, 20), examples(count, rows, labels), tape=tape
     )
     assert tensors(estimate) == pytest.approx(peak, rel=WITHIN)
 

@@ -7,7 +7,7 @@ unloaded meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -49,6 +49,8 @@ class Admission:
     registry: AdapterRegistry
     model: MemoryModel
     """What training takes on this base with these settings."""
+    tell: Callable[[FinetuneJob], None] = lambda job: None
+    """Told of a job that waits for another reason than before."""
     _queue: list[Ticket] = field(default_factory=list)
     _parked: dict[int, Ticket] = field(default_factory=dict)
     """Paused before they had memory."""
@@ -69,7 +71,9 @@ class Admission:
         needs = self._admitted.values()
         trained = frozenset[int]().union(*(n.trained for n in needs))
         kept, labels = max((n.kept for n in needs), default=0), sum(n.labels for n in needs)
-        return self._state_bytes + self.model.activations("graph", rows, labels, trained, kept)
+        # Another job may evaluate while the tape is open.
+        evaluation = max((n.estimate.evaluation for n in needs), default=0) if len(needs) > 1 else 0
+        return self._state_bytes + evaluation + self.model.activations("graph", rows, labels, trained, kept)
 
     @property
     def num_pinned(self) -> int:
@@ -150,7 +154,9 @@ class Admission:
                 self._unpublished.add(ticket.job.job_id)
                 self._state_bytes += ticket.needs.estimate.state
                 return ticket, slot
-        ticket.job.reason = short
+        if ticket.job.reason != short:
+            ticket.job.reason = short
+            self.tell(ticket.job)
         return None
 
     def published(self, job: FinetuneJob) -> None:
@@ -236,5 +242,6 @@ def memory_model(base: Base, config: EngineConfig, factor_itemsize: int) -> Memo
         train_memory=config.train_memory,
         max_train_rows=min(config.max_train_rows, config.max_rows),
         window=config.train_window,
+        is_fused=base.fused is not None,
         host_is_device=base.device.type == "cpu",
     )

@@ -119,6 +119,7 @@ class Engine:
         self.adapters = AdapterShelf(self.arena, self.registry)
         self.admission = Admission(self.trainer, self.registry, memory_model(base, config, self.arena.itemsize))
         self.jobs = Jobs(self.trainer, self.registry, self.admission, fail_points(os.environ))
+        self.admission.tell = self.jobs.tell
         self.totals = Totals()
 
     # --- the step ---

@@ -263,6 +263,10 @@ class Jobs:
         elif job.status is JobStatus.FAILED and job.error is not None:
             raise job.error
 
+    def tell(self, job: FinetuneJob) -> None:
+        """Let who listens to a job look at it."""
+        self._listeners[job.job_id](job, None)
+
     def admit(self) -> None:
         """Begin the first of the queue while there is memory for it. O(1) when none came back since the last look."""
         while (taken := self.admission.take()) is not None:

@@ -47,6 +47,8 @@ class MemoryEstimate:
     """Peak of the largest tape."""
     loss: int
     """Logits of one chunk and their gradient; part of the peak where the loss is its highest point."""
+    evaluation: int
+    """Peak of its largest step of EVAL rows; its own tape is closed by then."""
     tape: TapeKind
     """The tape that `activations` counts: the one that the settings name, or "auto" chooses without traffic."""
     rows: int
@@ -65,13 +67,15 @@ class MemoryEstimate:
     @property
     def training(self) -> int:
         """Of `train_memory`, at the peak."""
-        return self.state + self.activations
+        return self.state + max(self.activations, self.evaluation)
 
     def table(self) -> str:
         """The numbers, a line each, in MiB."""
         parts = ("slot", "published", "publishing", "master", "gradient", "moments", "checkpoint", "data")
         lines = [(name, getattr(self, name)) for name in parts]
         lines.append((f"activations ({self.tape} tape, {self.rows} rows)", self.activations))
+        if self.evaluation:
+            lines.append(("evaluation, in place of them", self.evaluation))
         lines += [("of adapter_memory", self.arena), ("of train_memory", self.training)]
         return "\n".join(f"  {name:<42}{size / (1 << 20):>10.2f} MiB" for name, size in lines)
 
@@ -119,6 +123,8 @@ class MemoryModel:
     train_memory: int | None
     max_train_rows: int
     window: int
+    is_fused: bool
+    """Steps without TRAIN rows run the fused stack, which holds one MLP temporary less."""
     host_is_device: bool
     """False where data and checkpoints lie in other memory than the tapes."""
 
@@ -159,6 +165,7 @@ class MemoryModel:
             publishing=slot * replaces,
             activations=self.activations(tape, rows, labels, trained, kept),
             loss=self._loss(min(rows, labels, self.max_train_rows)),
+            evaluation=self.evaluation(eval_examples),
             tape=tape,
             rows=rows,
             **state,
@@ -168,7 +175,7 @@ class MemoryModel:
     def smallest(self, needs: MemoryNeeds, others: Iterable[MemoryNeeds] = ()) -> int:
         """Bytes of `train_memory` that this job and the others take together, on the smaller tape if there is a choice.
 
-        Their rows may share one tape.
+        Their rows may share one tape, and one of them may evaluate while it is open.
         """
         jobs = (needs, *others)
         sizes = sorted((size for n in jobs for size in n.sizes), reverse=True)
@@ -177,7 +184,19 @@ class MemoryModel:
         kinds: tuple[TapeKind, ...] = ("graph", "replay") if self.tape is None else (self.tape,)
         kept = max(n.kept for n in jobs)
         least = min(self.activations(kind, rows, labels, trained, kept) for kind in kinds)
-        return sum(n.estimate.state for n in jobs) + least
+        evaluation = max(n.estimate.evaluation for n in jobs)
+        peak = max(least, evaluation) if len(jobs) == 1 else least + evaluation
+        return sum(n.estimate.state for n in jobs) + peak
+
+    def evaluation(self, examples: Sequence[Example]) -> int:
+        """Peak bytes of the largest step of EVAL rows of these examples: a forward of which nothing is kept."""
+        rows = largest_fill(sorted((e.num_rows for e in examples), reverse=True), self.max_train_rows)
+        mlp = (3 if self.is_fused else 4) * max(layer.mlp for layer in self.layers)
+        forward = rows * ((mlp + 4 * self.hidden + 2 * self.head_dim) * self.itemsize + rows * (self.score // 2))
+        loss = rows * 2 * self.hidden * self.itemsize + self._loss(
+            min(rows, sum(e.num_labels for e in examples)), with_grad=False
+        )
+        return max(forward, loss) if rows else 0
 
     def activations(self, tape: TapeKind, rows: int, labels: int, trained: frozenset[int], kept: int) -> int:
         """Peak bytes of one tape with so many TRAIN rows, from its forward to its last unit."""
@@ -211,9 +230,9 @@ class MemoryModel:
             return 4 * mlp * _FLOAT
         return max(4 * mlp * self.itemsize, mlp * (2 * self.itemsize + 2 * _FLOAT) + self.hidden * _FLOAT)
 
-    def _loss(self, labels: int) -> int:
-        """Bytes of one chunk: its hidden states and their gradient, its logits and theirs."""
-        logits = 2 * _FLOAT if self.itemsize == _FLOAT else 2 * _FLOAT + 2 * self.itemsize
+    def _loss(self, labels: int, *, with_grad: bool = True) -> int:
+        """Bytes of one chunk: its hidden states and their gradient, its logits, their exponentials and gradient."""
+        logits = 2 * _FLOAT if self.itemsize == _FLOAT else 2 * _FLOAT + (1 + with_grad) * self.itemsize
         return min(CHUNK_ROWS, labels) * (self.vocab * logits + 2 * self.hidden * self.itemsize)
 
     def _auto(self, rows: int, labels: int, trained: frozenset[int], kept: int, state: int) -> TapeKind:
