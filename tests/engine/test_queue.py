@@ -177,7 +177,7 @@ def test_what_it_continues_from_counts_for_what_could_never_fit() -> None:
     with checked(make_engine(adapter_memory=MIB)) as engine:  # two slots of BIG and the source are more than a MiB
         load_random_adapter(engine, "source", BIG, 1)
         with pytest.raises(
-            OutOfAdapterMemoryError, match=r"[1-9][\d.]* MiB to continue from|0\.[1-9] MiB to continue from"
+            OutOfAdapterMemoryError, match=r"(?!0\.0 )[\d.]+ MiB to continue from"
         ):
             start(engine, "job", BIG, CONFIG, DATA, start_from="source")
         engine.adapters.unload("source")
