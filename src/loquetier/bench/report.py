@@ -30,8 +30,8 @@ def markdown(result: dict[str, Any]) -> str:
     note = (
         f"{result['base']}, {result['dtype']}; {w['num_requests']} requests of {w['new_tokens']} tokens on "
         f"{w['num_adapters']} adapters r={w['rank']} on all linears (base-only requests: "
-        f"{s['serve_base_tokens_per_s']:.0f} tok/s, so adapters cost {100 * s['lora_tax']:.0f} % with today's "
-        f"plain-torch kernels); {w['num_examples']} examples, {w['train_tokens']} tokens without padding. "
+        f"{s['serve_base_tokens_per_s']:.0f} tok/s, so adapters cost {100 * s['lora_tax']:.0f} %); "
+        f"{w['num_examples']} examples, {w['train_tokens']} tokens without padding. "
         f"{m['cpu']}, {m['threads']} threads, torch {m['torch']}, commit {result['commit']}, medians of "
         f"{result['rounds']} interleaved rounds; `make bench` repeats it."
     )
