@@ -34,8 +34,11 @@ demo: install
 serve: install
 	$(BIN)/loquetier serve smollm2-135m
 
+# A process for each core (four at most), one thread each; a file's tests stay together, so they share what they load.
+# What runs on several threads is tested by `test-kernels` and `sanitize`. JOBS=0: one process, torch's own threads.
+JOBS ?= $(shell $(PYTHON) -c 'import os; cores = os.cpu_count() or 1; print(min(cores, 4) if cores > 1 else 0)')
 test: install
-	$(BIN)/python -m pytest -q
+	$(if $(filter-out 0,$(JOBS)),OMP_NUM_THREADS=1) $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 # What sits right on the kernels; with LOQUETIER_KERNELS=reference or cpu it runs on that backend alone.
 test-kernels: install
