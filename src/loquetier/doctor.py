@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,7 +20,7 @@ from loquetier.base.hardware import detect_hardware
 from loquetier.base.presets import PRESETS, Preset, locate_preset
 from loquetier.cache_dir import default_cache_dir
 from loquetier.config import MIB, EngineConfig, resolve
-from loquetier.errors import BaseNotFoundError
+from loquetier.errors import BaseNotFoundError, ConfigError
 from loquetier.kernels.select import active_kernels
 
 _ISA_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")
@@ -45,9 +45,26 @@ def report() -> Iterator[Section]:
     """The sections: a title, and (name, what we found) lines."""
     yield "Machine", list(_machine())
     yield "Software", list(_software())
-    yield "Kernels", [(kernel, f"{c.backend} ({c.reason})") for kernel, c in active_kernels(os.environ).items()]
+    yield from _kernels(("cpu", "cuda") if torch.cuda.is_available() else ("cpu",))
     yield "Presets", [(name, _preset_state(preset)) for name, preset in PRESETS.items()]
     yield "Plan for smollm2-135m", list(_plan(PRESETS["smollm2-135m"]))
+
+
+def _kernels(device_types: Sequence[str]) -> Iterator[Section]:
+    """One section per kind of device. LOQUETIER_KERNELS may fit one and not the other; it must fit one."""
+    refusals: list[ConfigError] = []
+    sections: list[Section] = []
+    for device_type in device_types:
+        try:
+            choices = active_kernels(os.environ, device_type)
+            lines = [(kernel, f"{c.backend} ({c.reason})") for kernel, c in choices.items()]
+        except ConfigError as error:
+            refusals.append(error)
+            lines = [("refused", str(error))]
+        sections.append((f"Kernels on {device_type}", lines))
+    if len(refusals) == len(device_types):
+        raise refusals[0]
+    yield from sections
 
 
 def _machine() -> Iterator[tuple[str, str]]:

@@ -251,7 +251,7 @@ def test_doctor_names_machine_kernels_and_plan(capsys: pytest.CaptureFixture[str
     out = capsys.readouterr().out
     for word in ("cores", "torch", "smlm_forward", "decode_attention", "smollm2-135m", "dtype", "KV cache"):
         assert word in out
-    assert [title for title, _ in report()][:3] == ["Machine", "Software", "Kernels"]
+    assert [title for title, _ in report()][:3] == ["Machine", "Software", "Kernels on cpu"]
 
 
 def test_only_backends_that_exist_can_be_asked_for(

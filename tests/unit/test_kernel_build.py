@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from loquetier.errors import ConfigError
-from loquetier.kernels import build, select
+from loquetier.kernels import build, select, triton_load
 from loquetier.kernels.build import BuildError, built_library, compile_library, find_compiler, source_hash, sources
 from loquetier.kernels.native import ISA_NAMES, NativeLibrary
 from loquetier.kernels.select import KERNELS, choose_kernels, process_kernels
@@ -99,9 +99,18 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         built_library(tmp_path / "file")
 
 
-def test_what_this_version_lacks_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="triton: not in this version"):
+def test_what_cannot_run_here_is_an_error(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ConfigError, match=r"LOQUETIER_KERNELS=triton: .*TRITON_INTERPRET=1"):
         choose_kernels({"LOQUETIER_KERNELS": "triton"})
+    with pytest.raises(ConfigError, match="LOQUETIER_KERNELS=cpu: C kernels do not run on cuda"):
+        choose_kernels({"LOQUETIER_KERNELS": "cpu"}, "cuda")
+    monkeypatch.setattr(triton_load, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="LOQUETIER_KERNELS=triton: the package triton is not installed"):
+        choose_kernels({"LOQUETIER_KERNELS": "triton", "TRITON_INTERPRET": "1"})
+    with caplog.at_level(logging.WARNING, "loquetier.kernels"):
+        kernels = choose_kernels({}, "cuda")
+    assert all(c.backend == "reference" and "not installed" in c.reason for c in kernels.choices.values())
+    assert len(caplog.records) == 1 and "on cuda" in caplog.records[0].getMessage()
     with pytest.raises(ConfigError, match=r"'warp': must be one of auto, reference, cpu"):
         choose_kernels({"LOQUETIER_KERNELS": "warp"})
     assert choose_kernels({"LOQUETIER_KERNELS": "reference"}).library is None

@@ -73,7 +73,7 @@ class Base:
         """Bytes that a graph tape keeps per TRAIN row, estimated from the layers' shapes."""
         self._stack = decoder_stack(model)
         self._head = _head_only(model, self._stack)
-        self._take_kernels(process_kernels())
+        self._take_kernels(process_kernels(self.device.type))
 
     def _take_kernels(self, kernels: Kernels) -> None:
         """Put the C kernels where they fit this base and give its own results."""

@@ -102,7 +102,7 @@ class Engine:
             raise OutOfKVMemoryError(
                 f"kv_memory={config.kv_memory} bytes is less than one page of {page_bytes} bytes; raise it"
             )
-        process_kernels()  # may compile: at the start of an engine, not inside its first step
+        process_kernels(base.device.type)  # may compile: at the start of an engine, not inside its first step
         self.cache = base.new_cache(num_pages, config.page_size)
         # On a CPU adapters stay in float32 beside a bfloat16 base, as PEFT keeps them: torch's small bf16 GEMMs cost
         # ten times its float32 ones there, and what is served is then to the bit what was trained.

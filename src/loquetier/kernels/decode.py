@@ -23,7 +23,7 @@ gathering the pages for torch's SDPA, which wins from some ten rows on.
 
 @cache
 def _native() -> NativeDecode | None:
-    library = process_kernels().native("decode_attention")
+    library = process_kernels("cpu").native("decode_attention")
     return NativeDecode(library) if library else None
 
 
@@ -47,7 +47,7 @@ def decode_attention(
         visible_NP: gives the reference's mask for a window; the C kernel needs none.
         scale, rule: as in `attention.span_attention`.
     """
-    native = _native()
+    native = _native() if q_NHD.is_cpu else None
     if native is not None and native.takes(q_NHD, k_cache):
         return native(q_NHD, k_cache, v_cache, pages_NB, positions_N, scale, rule)
     return attention.decode_attention(q_NHD, k_cache, v_cache, pages_NB, visible_NP(rule.window), scale, rule.softcap)
@@ -71,7 +71,7 @@ def chunk_attention(
         read: gathers those tokens' K and V, ``[past + L, K, D]`` each, for the reference.
         k_cache, v_cache, scale, rule: as in `decode_attention`.
     """
-    native, num_rows = _native(), q_HLD.shape[1]
+    native, num_rows = _native() if q_HLD.is_cpu else None, q_HLD.shape[1]
     q_LHD = q_HLD.transpose(0, 1)
     if native is not None and num_rows <= FEW_ROWS and native.takes(q_LHD, k_cache):
         positions_L = torch.arange(past, past + num_rows)

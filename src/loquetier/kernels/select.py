@@ -1,4 +1,7 @@
-"""Which backend runs each kernel, and why."""
+"""Which backend runs each kernel on each kind of device, and why.
+
+On a CPU: C, else plain torch; Triton only in its interpreter, when asked for. On a GPU: Triton, else plain torch.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Final
 
+import torch
+
 from loquetier.errors import ConfigError
-from loquetier.kernels import selfcheck, selfcheck_base
+from loquetier.kernels import selfcheck, selfcheck_base, triton_load
 from loquetier.kernels.build import BuildError, built_library
 from loquetier.kernels.native import NativeLibrary
 
@@ -35,7 +40,7 @@ class KernelChoice:
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """The backend of each kernel of KERNELS, and the C library if any of them uses it."""
+    """The backend of each kernel of KERNELS on one kind of device, and the C library if any of them uses it."""
 
     choices: Mapping[str, KernelChoice]
     library: NativeLibrary | None = None
@@ -44,9 +49,16 @@ class Kernels:
         """The C library when this kernel runs in C, else None."""
         return self.library if self.choices[kernel].backend == "cpu" else None
 
+    def in_triton(self, kernel: str) -> bool:
+        """True when this kernel runs in Triton."""
+        return self.choices[kernel].backend == "triton"
 
-def choose_kernels(environ: Mapping[str, str]) -> Kernels:
-    """Decide by `environ`'s LOQUETIER_KERNELS; may compile the C library (seconds, once per machine).
+
+def choose_kernels(environ: Mapping[str, str], device_type: str = "cpu") -> Kernels:
+    """Decide by `environ`'s LOQUETIER_KERNELS; may compile (C: seconds, once per machine; Triton: its self-checks').
+
+    Args:
+        device_type: "cpu" or "cuda": where the tensors are that the kernels will get.
 
     Raises:
         ConfigError: the value is unknown or names a backend that cannot run here.
@@ -54,10 +66,47 @@ def choose_kernels(environ: Mapping[str, str]) -> Kernels:
     wanted = environ.get(VARIABLE, "auto")
     if wanted not in BACKENDS:
         raise ConfigError(f"{VARIABLE}={wanted!r}: must be one of {', '.join(BACKENDS)}; unset it for auto")
-    if wanted == "triton":
-        raise ConfigError(f"{VARIABLE}=triton: not in this version; use cpu, reference, or unset it")
     if wanted == "reference":
         return _all_reference(f"{VARIABLE} asks for it")
+    if wanted == "triton" or device_type != "cpu":
+        return _triton(environ, wanted, device_type)
+    return _native(environ, wanted)
+
+
+def _triton(environ: Mapping[str, str], wanted: str, device_type: str) -> Kernels:
+    if wanted == "cpu":
+        raise ConfigError(f"{VARIABLE}=cpu: C kernels do not run on {device_type}; unset it, or choose device='cpu'")
+    missing = triton_load.why_not(environ, device_type)
+    if missing is not None:
+        if wanted == "triton":
+            raise ConfigError(f"{VARIABLE}=triton: {missing}; or unset {VARIABLE}")
+        log.warning("plain torch instead of Triton kernels on %s: %s", device_type, missing)
+        return _all_reference(f"plain torch: {missing}")
+    device = torch.device(device_type)
+    checks = triton_load.checks()
+    reason = triton_load.describe(device)
+    choices = {k: _checked_triton(k, checks.get(k), device, reason, forced=wanted == "triton") for k in KERNELS}
+    log.info("Triton kernels on %s: %s", device_type, reason)
+    return Kernels(choices)
+
+
+def _checked_triton(
+    kernel: str, check: triton_load.Check | None, device: torch.device, reason: str, *, forced: bool
+) -> KernelChoice:
+    """Triton when it passes its self-check."""
+    if check is None:
+        return KernelChoice("reference", "plain torch: this version has no Triton kernel for it")
+    fault = check(device)
+    if fault is None:
+        return KernelChoice("triton", reason)
+    message = f"the Triton kernel {kernel} on {device.type} disagrees with the reference: {fault}"
+    if forced:
+        raise ConfigError(f"{VARIABLE}=triton: {message}; unset {VARIABLE} to run plain torch, and report this")
+    log.error("%s; plain torch runs instead", message)
+    return KernelChoice("reference", f"plain torch: {message}")
+
+
+def _native(environ: Mapping[str, str], wanted: str) -> Kernels:
     try:
         built = built_library(environ=environ)
         library = NativeLibrary(built.path)
@@ -92,11 +141,11 @@ def _checked(kernel: str, library: NativeLibrary, reason: str, *, forced: bool) 
 
 
 @cache
-def process_kernels() -> Kernels:
-    """This process's choice, made when first asked for: at the start of an engine, never at import."""
-    return choose_kernels(os.environ)
+def process_kernels(device_type: str = "cpu") -> Kernels:
+    """This process's choice for one kind of device, made when first asked for: at the start of an engine."""
+    return choose_kernels(os.environ, device_type)
 
 
-def active_kernels(environ: Mapping[str, str]) -> Mapping[str, KernelChoice]:
+def active_kernels(environ: Mapping[str, str], device_type: str = "cpu") -> Mapping[str, KernelChoice]:
     """The backend of each kernel of KERNELS under `environ`. Raises ConfigError as `choose_kernels`."""
-    return choose_kernels(environ).choices
+    return choose_kernels(environ, device_type).choices

@@ -44,7 +44,7 @@ class SmlmPlans:
 
 @cache
 def _native(kernel: str) -> NativeSmlm | None:
-    library = process_kernels().native(kernel)
+    library = process_kernels("cpu").native(kernel)
     return NativeSmlm(library) if library else None
 
 
@@ -57,7 +57,7 @@ def smlm_forward(
     plan: SmlmPlan | None = None,
 ) -> None:
     """`reference.smlm_forward`; `plan` must be of these segments and saves looking up their pointers."""
-    native = _native("smlm_forward")
+    native = _native("smlm_forward") if x_TK.is_cpu else None
     dtype = x_TK.dtype
     if native is not None and usable_matrix(x_TK, dtype) and usable_matrix(y_TN, dtype):
         rows = planned_rows(module, segments, table, plan)
@@ -86,7 +86,7 @@ def smlm_backward(
     grads: FactorTable,
 ) -> None:
     """`reference.smlm_backward`."""
-    native = _native("smlm_backward")
+    native = _native("smlm_backward") if x_TK.is_cpu else None
     if native is not None and all(usable_matrix(m, x_TK.dtype) for m in (x_TK, dy_TN, dx_TK)):
         rows = backward_rows(module, segments, table, grads)
         if rows is not None and native.takes(rows, x_TK.dtype):
