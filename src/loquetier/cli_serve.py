@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,7 +11,16 @@ import typer
 
 from loquetier.errors import ConfigError
 
-PACKAGES = ("fastapi", "uvicorn", "pydantic", "msgspec", "prometheus_client", "structlog", "llguidance")
+PACKAGES = (
+    "fastapi",
+    "uvicorn",
+    "pydantic",
+    "msgspec",
+    "prometheus_client",
+    "structlog",
+    "python_multipart",
+    "llguidance",
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -38,6 +48,10 @@ def serve(
     adapter_root: Annotated[
         Path | None, typer.Option(help="Directory below which /v1/load_lora_adapter may read; without it: nowhere.")
     ] = None,
+    data_dir: Annotated[
+        Path,
+        typer.Option(envvar="LOQUETIER_DATA_DIR", help="Where files, jobs and adapters are kept; of one server."),
+    ] = Path("loquetier-data"),
     api_keys: Annotated[Path | None, typer.Option(help="TOML file of hashed API keys.")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Listen publicly although there are no keys.")] = False,
     public_metrics: Annotated[bool, typer.Option("--public-metrics", help="/metrics needs no key.")] = False,
@@ -79,16 +93,22 @@ def serve(
     # The port before the weights: a taken one is told in a second, not after the load.
     opened = open_socket(settings)
     configure_logs(log_level)
+    from loquetier.failpoints import fail_points
     from loquetier.runtime import Runtime
     from loquetier.server.services import build_services
+    from loquetier.server.store.store import open_store
 
+    store = open_store(data_dir, fail_point=fail_points(os.environ))
     runtime = Runtime(base, adapters=adapters, config=engine)
-    services = build_services(runtime, settings, keys, base_root=base)
+    store.bind(runtime.base_name, runtime.base_fingerprint)
+    services = build_services(runtime, settings, keys, base_root=base, store=store)
     for name, directory in adapters.items():
         services.models.note(name, str(Path(directory).absolute()), int(services.wall()))
     address, number = opened.getsockname()[:2]
     typer.echo(f"serving {runtime.base_name} on http://{f'[{address}]' if ':' in address else address}:{number}/v1")
-    if code := run(services, opened):
+    code = run(services, opened)
+    store.close()
+    if code:
         raise typer.Exit(code)
 
 

@@ -27,7 +27,12 @@ POINTS: Final = (
     "files.after_row",
     "files.before_replace",
 )
-"""Every place there is."""
+"""Every place that a job passes."""
+SERVER_POINTS: Final = (
+    "adapter.before_rename",
+    "adapter.before_commit",
+)
+"""Every place that only the server passes, on its way to something durable."""
 FailPoint = Callable[[str], None]
 """Called with the name of the place that the program passes."""
 
@@ -46,8 +51,9 @@ def fail_points(environ: Mapping[str, str]) -> FailPoint:
     if not wanted:
         return no_fail_point
     name, colon, text = wanted.partition(":")
-    if name not in POINTS or (colon and not (text.isascii() and text.isdigit() and int(text) > 0)):
-        raise ConfigError(f"{VARIABLE}={wanted!r}: must be NAME or NAME:COUNT with NAME one of {', '.join(POINTS)}")
+    if name not in (*POINTS, *SERVER_POINTS) or (colon and not (text.isascii() and text.isdigit() and int(text) > 0)):
+        known = ", ".join((*POINTS, *SERVER_POINTS))
+        raise ConfigError(f"{VARIABLE}={wanted!r}: must be NAME or NAME:COUNT with NAME one of {known}")
     left = int(text) if colon else 1
 
     def hit(at: str) -> None:

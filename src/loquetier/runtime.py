@@ -121,6 +121,11 @@ class Runtime:
         return self._engine.max_context
 
     @property
+    def base_fingerprint(self) -> str:
+        """Of the base's weights: what adapters and checkpoints are bound to."""
+        return self._engine.base.fingerprint
+
+    @property
     def port(self) -> EnginePort:
         """The engine for callers that must not wait for a step, as a server's event loop."""
         return EnginePort(self._engine, self._loop)

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,12 @@ def process(*argv: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server process, and its URL."""
     env = dict(os.environ, PYTHONPATH=str(SRC))
     code = "from loquetier.cli import main; main()"
+    with tempfile.TemporaryDirectory() as data, _process(code, argv, env | {"LOQUETIER_DATA_DIR": data}) as found:
+        yield found
+
+
+@contextmanager
+def _process(code: str, argv: tuple[str, ...], env: dict[str, str]) -> Iterator[tuple[subprocess.Popen[str], str]]:
     command = [sys.executable, "-c", code, "serve", *argv, "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as child:
         try:

@@ -10,12 +10,12 @@ import pytest
 from tests.unit.test_import_direction import SRC
 
 from loquetier.errors import ConfigError
-from loquetier.failpoints import POINTS, VARIABLE, fail_points, no_fail_point
+from loquetier.failpoints import POINTS, SERVER_POINTS, VARIABLE, fail_points, no_fail_point
 
 
 def test_without_the_variable_nothing_happens() -> None:
     assert fail_points({}) is no_fail_point
-    for point in POINTS:
+    for point in (*POINTS, *SERVER_POINTS):
         assert fail_points({VARIABLE: ""})(point) is None
 
 
@@ -44,6 +44,6 @@ def test_the_process_dies_at_the_pass_that_was_asked_for(value: str, passes: int
 
 def test_every_place_is_passed_somewhere_and_no_other_is() -> None:
     text = "\n".join(p.read_text(encoding="utf-8") for p in SRC.rglob("*.py") if p.name != "failpoints.py")
-    for point in POINTS:
+    for point in (*POINTS, *SERVER_POINTS):
         assert text.count(f'fail_point("{point}")') == 1
-    assert text.count('fail_point("') == len(POINTS)
+    assert text.count('fail_point("') == len(POINTS) + len(SERVER_POINTS)

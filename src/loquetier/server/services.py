@@ -18,6 +18,7 @@ from loquetier.server.metrics import Metrics
 from loquetier.server.models import ModelBook
 from loquetier.server.quarantine import Quarantine
 from loquetier.server.settings import ServerSettings
+from loquetier.server.store.store import Store
 from loquetier.server.text import TextDesk
 from loquetier.server.watch import Watch
 
@@ -47,6 +48,8 @@ class Services:
     grammars: GrammarDesk
     metrics: Metrics
     watch: Watch
+    store: Store | None
+    """What is durable; None for a server without files and jobs."""
     open_runs: set[Running] = field(default_factory=set)
     """Orders in the engine; ended with an error when the time to drain is over."""
 
@@ -58,6 +61,7 @@ def build_services(
     base_root: str | None = None,
     clock: Callable[[], float] = time.monotonic,
     wall: Callable[[], float] = time.time,
+    store: Store | None = None,
 ) -> Services:
     """The services over one runtime."""
     port = runtime.port
@@ -80,4 +84,5 @@ def build_services(
         grammars=GrammarDesk(runtime.tokenizer, port.vocab_size, port.eos_token_ids),
         metrics=metrics,
         watch=Watch(port, settings, clock),
+        store=store,
     )
