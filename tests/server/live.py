@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import openai
+from tests.server.published import check
 
 from loquetier.config import MIB, EngineConfig
 from loquetier.runtime import Runtime
@@ -45,6 +46,7 @@ class Live:
     def client(self, **options: Any) -> openai.OpenAI:
         """The stock SDK, strict, without retries."""
         settings: dict[str, Any] = {"max_retries": 0, "timeout": DEADLINE, "_strict_response_validation": True}
+        settings["http_client"] = openai.DefaultHttpxClient(event_hooks={"response": [published_whole]})
         return openai.OpenAI(base_url=f"{self.url}/v1", **(settings | {"api_key": self.key or "none"} | options))
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
@@ -52,7 +54,8 @@ class Live:
 
     def http(self, method: str, path: str, **options: Any) -> httpx.Response:
         headers = ({"Authorization": f"Bearer {self.key}"} if self.key else {}) | options.pop("headers", {})
-        return httpx.request(method, f"{self.url}{path}", headers=headers, timeout=DEADLINE, **options)
+        answer = httpx.request(method, f"{self.url}{path}", headers=headers, timeout=DEADLINE, **options)
+        return as_published(answer)
 
     def connect(self) -> socket.socket:
         return socket.create_connection(self.address, timeout=DEADLINE)
@@ -65,6 +68,20 @@ class Live:
             and stats.kv_pages_free == stats.kv_pages
             and self.services.admission.num_open == 0
         )
+
+
+def as_published(answer: Any) -> Any:
+    """The answer, after it was held against OpenAI's description (an `httpx.Response` or the SDK's twin of it)."""
+    kind = answer.headers.get("content-type", "")
+    check(answer.request.method, answer.request.url.path, answer.status_code, kind, answer.content)
+    return answer
+
+
+def published_whole(answer: Any) -> None:
+    """Every answer that the SDK gets as a whole; a stream is read by its test, and `Live.http` checks its chunks."""
+    if not answer.headers.get("content-type", "").startswith("text/event-stream"):
+        answer.read()
+        as_published(answer)
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = DEADLINE) -> float:
