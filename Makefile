@@ -11,10 +11,10 @@ PIP_INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 # The stamp carries a checksum of what decides the installation: same files, nothing to do.
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: help install demo serve test test-kernels sanitize wheel crash check fix bench learning
+.PHONY: help install demo serve test test-kernels test-triton sanitize wheel crash check fix bench learning
 
 help:
-	@echo "make install | demo | serve | test | sanitize | wheel | crash | check | fix | bench | learning"
+	@echo "make install | demo | serve | test | test-triton | sanitize | wheel | crash | check | fix | bench | learning"
 
 install: $(STAMP)
 
@@ -43,6 +43,19 @@ test: install
 # What sits right on the kernels; with LOQUETIER_KERNELS=reference or cpu it runs on that backend alone.
 test-kernels: install
 	$(BIN)/python -m pytest -q tests/unit tests/parity -k "linear or smlm or attention or dropout or logits or isolation or training"
+
+# The Triton kernels, interpreted on the CPU and compiled for GPUs that need not be here. Triton (1 GB) comes into a
+# directory of its own, .venv/triton, so that the installation stays what it is without it.
+TRITON_DIR := $(VENV)/triton
+TRITON_STAMP := $(TRITON_DIR)/.installed-$(shell cksum < tests/triton/requirements.txt | cut -d' ' -f1)
+test-triton: install $(TRITON_STAMP)
+	PYTHONPATH=$(TRITON_DIR) TRITON_INTERPRET=1 TRITON_CACHE_DIR=$(CURDIR)/.cache/triton \
+	  $(BIN)/python -m pytest -q tests/triton
+
+$(TRITON_STAMP): | install
+	rm -rf $(TRITON_DIR)
+	$(BIN)/python -m pip install -q --no-deps --target $(TRITON_DIR) -r tests/triton/requirements.txt
+	touch $@
 
 # The C kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer compiled in; says so where cc has neither.
 sanitize: install

@@ -17,12 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from loquetier.kernels.mixing import GOLDEN, MIX_1, MIX_2, WORD, drop_threshold, mix_int, module_hash, signed
 from loquetier.kernels.reference import Factors, FactorTable, Segment
-from loquetier.kernels.smlm import smlm_backward, smlm_forward
-
-_WORD = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-_MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+from loquetier.kernels.smlm import SmlmPlan, smlm_backward, smlm_forward, triton_smlm
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +44,11 @@ def row_keys(seed: int, draw: int, item: int, num_rows: int, first_row: int = 0)
     """Keys ``[num_rows]`` of rows ``first_row, first_row + 1, ...`` of one example in one optimizer step."""
     key = 0
     for part in (seed, draw, item):
-        key = _mix_int((key ^ (part & _WORD)) + _GOLDEN)
+        key = mix_int((key ^ (part & WORD)) + GOLDEN)
     rows = np.arange(first_row + 1, first_row + num_rows + 1, dtype=np.uint64)
-    z = np.uint64(key) + rows * np.uint64(_GOLDEN)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(_MIX_1)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(_MIX_2)
+    z = np.uint64(key) + rows * np.uint64(GOLDEN)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(MIX_1)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(MIX_2)
     return (z ^ (z >> np.uint64(31))).view(np.int64)
 
 
@@ -61,18 +58,27 @@ def dropped_TK(keys_T: Tensor, module: int, width: int, rate: float) -> Tensor:
     Each 64-bit hash decides two neighbouring columns, 32 bits each, so `rate` is met to 2**-32.
     """
     pairs = torch.arange(1, (width + 1) // 2 + 1, dtype=torch.int64, device=keys_T.device)
-    z = (keys_T ^ _signed(_mix_int(module + _GOLDEN)))[:, None] + pairs * _signed(_GOLDEN)
-    z = z.bitwise_xor_(_shifted(z, 30)).mul_(_signed(_MIX_1))
-    z = z.bitwise_xor_(_shifted(z, 27)).mul_(_signed(_MIX_2))
+    z = (keys_T ^ module_hash(module))[:, None] + pairs * signed(GOLDEN)
+    z = z.bitwise_xor_(_shifted(z, 30)).mul_(signed(MIX_1))
+    z = z.bitwise_xor_(_shifted(z, 27)).mul_(signed(MIX_2))
     z = z.bitwise_xor_(_shifted(z, 31))
-    threshold = min(round(rate * 2**32), 2**32 - 1) - 2**31
-    return z.view(torch.int32)[:, :width] < threshold
+    return z.view(torch.int32)[:, :width] < drop_threshold(rate)
 
 
 def dropout_forward(
-    x_MK: Tensor, y_MN: Tensor, module: int, segments: Sequence[Segment], table: FactorTable, dropout: DropoutRows
+    x_MK: Tensor,
+    y_MN: Tensor,
+    module: int,
+    segments: Sequence[Segment],
+    table: FactorTable,
+    dropout: DropoutRows,
+    plan: SmlmPlan | None = None,
 ) -> None:
     """`smlm_forward` with the train rows of jobs that drop seeing their dropped input."""
+    triton = triton_smlm(x_MK)
+    if triton is not None:
+        triton.forward(x_MK, y_MN, module, segments, table, plan, dropout)
+        return
     smlm_forward(x_MK, y_MN, module, [s for s in segments if not dropout.drops(s)], table)
     for s in segments:
         if dropout.drops(s) and s.stop > s.start and module in table[s.slot]:
@@ -90,8 +96,13 @@ def dropout_backward(
     table: FactorTable,
     grads: FactorTable,
     dropout: DropoutRows,
+    plan: SmlmPlan | None = None,
 ) -> None:
     """`smlm_backward` of `dropout_forward`: dA sees the dropped input, dx the masked delta. Arguments as there."""
+    triton = triton_smlm(x_TK)
+    if triton is not None:
+        triton.backward(x_TK, dy_TN, dx_TK, module, segments, table, grads, plan, dropout)
+        return
     smlm_backward(x_TK, dy_TN, dx_TK, module, [s for s in segments if not dropout.drops(s)], table, grads)
     for s in segments:
         if dropout.drops(s) and s.stop > s.start and module in table[s.slot]:
@@ -117,15 +128,3 @@ def _rescaled(table: FactorTable, slot: int, module: int, dropout: DropoutRows) 
 def _shifted(z: Tensor, bits: int) -> Tensor:
     """Logical shift right: torch shifts int64 arithmetically."""
     return (z >> bits).bitwise_and_((1 << (64 - bits)) - 1)
-
-
-def _mix_int(z: int) -> int:
-    z &= _WORD
-    z = ((z ^ (z >> 30)) * _MIX_1) & _WORD
-    z = ((z ^ (z >> 27)) * _MIX_2) & _WORD
-    return z ^ (z >> 31)
-
-
-def _signed(word: int) -> int:
-    """The int64 with the same bits: torch's constants are signed."""
-    return word - (1 << 64) if word >> 63 else word

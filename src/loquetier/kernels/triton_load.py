@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -29,6 +30,11 @@ def why_not(environ: Mapping[str, str], device_type: str) -> str | None:
     return None
 
 
+def interpreted() -> bool:
+    """Whether this process's Triton kernels run in the interpreter."""
+    return os.environ.get(INTERPRET) == "1"
+
+
 def describe(device: torch.device) -> str:
     """Triton's version and what it runs on."""
     where = "its interpreter" if device.type == "cpu" else torch.cuda.get_device_name(device)
@@ -37,4 +43,6 @@ def describe(device: torch.device) -> str:
 
 def checks() -> Mapping[str, Check]:
     """The self-check of each kernel that has a Triton version, by its name in `select.KERNELS`."""
-    return {}
+    from loquetier.kernels.triton_check import CHECKS  # imports triton
+
+    return CHECKS

@@ -85,12 +85,13 @@ class Lora:
         dropout: DropoutRows | None,
         num_kept: int,
         plan: SmlmPlan | None,
-    ) -> None:
-        """SMLM over all segments at once."""
+    ) -> SmlmPlan | None:
+        """SMLM over all segments at once. The backward gets the plan, whose tables it can use."""
         if dropout is None:
             smlm_forward(x_MK, y_MN, site.module, segments, table, plan)
         else:
-            dropout_forward(x_MK, y_MN, site.module, segments, table, dropout)
+            dropout_forward(x_MK, y_MN, site.module, segments, table, dropout, plan)
+        return plan
 
     def base_gradient(
         self, site: Site, dy_TN: Tensor, segments: Sequence[Segment], table: WeightTable, dropout: DropoutRows | None
@@ -107,13 +108,13 @@ class Lora:
         table: WeightTable,
         grads: WeightTable,
         dropout: DropoutRows | None,
-        kept: Any,
+        kept: SmlmPlan | None,
     ) -> None:
         """SMLM's backward over all train segments at once."""
         if dropout is None:
-            smlm_backward(x_TK, dy_TN, dx_TK, site.module, segments, table, grads)
+            smlm_backward(x_TK, dy_TN, dx_TK, site.module, segments, table, grads, kept)
         else:
-            dropout_backward(x_TK, dy_TN, dx_TK, site.module, segments, table, grads, dropout)
+            dropout_backward(x_TK, dy_TN, dx_TK, site.module, segments, table, grads, dropout, kept)
 
     def reads(self, fields: Mapping[str, Any]) -> bool:
         """LoRA without `use_dora`; a value of it that is no boolean is refused by the rules."""

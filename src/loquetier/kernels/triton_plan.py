@@ -1,0 +1,88 @@
+"""Tile sizes of the Triton kernels, by what a launch looks like. A table instead of autotuning: same sizes, same sums.
+
+Nothing here was measured on a GPU yet: sizes are estimates from registers and shared memory of sm_80 and sm_90.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+SMALLEST_DOT = 16
+"""`tl.dot` takes no smaller side."""
+RANK_BLOCK = 64
+"""Ranks above this run in blocks of it, so that accumulators stay in registers whatever the rank."""
+SMALL_TILE, LARGE_TILE = 16, 64
+"""Rows per tile."""
+FEW_ROWS = 32
+"""The longest segment of a layout that still runs on small tiles: decode rows and short chunks."""
+WGRAD_ROWS = 64
+"""Rows of a tile in wgrad, which sums over them."""
+ENOUGH_PROGRAMS = 128
+"""About one program for each multiprocessor of a large GPU: below, a sum is split."""
+MOST_SPLITS = 16
+
+
+class SmlmPlanned(NamedTuple):
+    """Of one launch."""
+
+    block: int
+    """Columns of a tile: summed over in shrink, written in expand and wgrad."""
+    split: int
+    """Planes of shrink, or parts of the rows in wgrad."""
+    warps: int
+    stages: int
+
+
+def next_power(n: int) -> int:
+    """The smallest power of two that is not below `n`."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def padded_rank(rank: int) -> int:
+    """Width of the planes for adapters up to this rank: a power of two, or a multiple of RANK_BLOCK."""
+    if rank <= RANK_BLOCK:
+        return max(SMALLEST_DOT, next_power(rank))
+    return -(-rank // RANK_BLOCK) * RANK_BLOCK
+
+
+def rank_block(padded: int) -> int:
+    """Ranks per program."""
+    return min(padded, RANK_BLOCK)
+
+
+def tile_rows(longest: int) -> int:
+    """Rows per tile, by the longest segment of the layout."""
+    return SMALL_TILE if longest <= FEW_ROWS else LARGE_TILE
+
+
+def _splits(programs: int, blocks: int) -> int:
+    """How many ways to split a sum of `blocks` steps that `programs` programs would do: a power of two."""
+    wanted = next_power(-(-ENOUGH_PROGRAMS // max(1, programs)))
+    return max(1, min(wanted, MOST_SPLITS, next_power(blocks) // 2))
+
+
+def _warps(accumulators: int) -> int:
+    """Warps for this many float32 sums: below 32 of a thread's registers, or operands spill."""
+    return 8 if accumulators >= 4096 else 4
+
+
+def shrink_plan(dim: int, padded: int, rows: int, num_tiles: int) -> SmlmPlanned:
+    """For ``[rows of a tile, dim] -> rank``: long sums, few programs, so they are split while tiles are few."""
+    block = 128 if rows * rank_block(padded) < 1024 else 64
+    block = min(block, max(SMALLEST_DOT, next_power(dim)))
+    programs = num_tiles * (padded // rank_block(padded))
+    return SmlmPlanned(block, _splits(programs, -(-dim // block)), _warps(rows * rank_block(padded)), 3)
+
+
+def expand_plan(dim: int, padded: int, rows: int) -> SmlmPlanned:
+    """For ``rank -> [rows of a tile, dim]``: short sums, many columns."""
+    block = min(128, max(SMALLEST_DOT, next_power(dim)))
+    return SmlmPlanned(block, 1, _warps(rows * block), 2)
+
+
+def wgrad_plan(dim: int, padded: int, longest: int, num_spans: int) -> SmlmPlanned:
+    """For ``[rank, dim]`` gradients summed over `longest` rows: one program per span and block of columns is few."""
+    block = min(64, max(SMALLEST_DOT, next_power(dim)))
+    programs = num_spans * (padded // rank_block(padded)) * -(-dim // block)
+    split = _splits(programs, -(-longest // WGRAD_ROWS))
+    return SmlmPlanned(block, split, _warps(rank_block(padded) * block), 3)
