@@ -7,8 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from loquetier.kernels.attention import MaskRule
 from loquetier.kernels.dropout import DropoutRows
 from loquetier.kernels.reference import Factors, Segment
+from loquetier.kernels.triton_attention import TritonAttention
 from loquetier.kernels.triton_smlm import TritonSmlm
 
 HIDDEN, INNER = 4096, 14336
@@ -45,6 +47,31 @@ def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype)
 
 
+def attention(
+    rows: int,
+    pages: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    rule: MaskRule,
+    *,
+    past: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Callable[[], None]:
+    """Decode rows of `rows` sequences, or with a past a chunk of that many rows of one."""
+
+    def call() -> None:
+        cache = _empty(8, 16, kv_heads, dim, dtype=dtype)
+        q, kernel = _empty(rows, heads, dim, dtype=dtype), TritonAttention()
+        table = torch.zeros((rows, pages), dtype=torch.int64)
+        if past is None:
+            kernel.decode(q, cache, cache, table, torch.zeros(rows, dtype=torch.int64), 0.1, rule)
+        else:
+            kernel.chunk(q, cache, cache, table[0], past, 0.1, rule)
+
+    return call
+
+
 LAUNCHES: dict[str, Callable[[], None]] = {
     "smlm decode r16": smlm(16, (16, 8, 8, 4), HIDDEN, HIDDEN, torch.bfloat16, train=False),
     "smlm decode r64": smlm(32, (64,) * 32, HIDDEN, INNER, torch.bfloat16, train=False),
@@ -52,6 +79,14 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "smlm train r128": smlm(2048, (128, 64), HIDDEN, HIDDEN, torch.bfloat16, train=True),
     "smlm train dropout": smlm(1024, (16, 64), HIDDEN, HIDDEN, torch.bfloat16, train=True, rate=0.1),
     "smlm float32": smlm(256, (16,), 576, 1536, torch.float32, train=True),
+    "decode 64 of 1000": attention(64, 64, 32, 8, 128, MaskRule()),
+    "decode 1 of 4000": attention(1, 256, 32, 8, 128, MaskRule()),
+    "decode gemma2": attention(4, 64, 8, 4, 256, MaskRule(4096, 50.0)),
+    "decode smollm2": attention(16, 16, 9, 3, 64, MaskRule()),
+    "chunk llama": attention(512, 64, 32, 8, 128, MaskRule(), past=512),
+    "chunk gemma2": attention(512, 64, 8, 4, 256, MaskRule(4096, 50.0), past=0),
+    "chunk float32": attention(64, 16, 9, 3, 64, MaskRule(), past=64, dtype=torch.float32),
+    "decode odd heads": attention(3, 4, 6, 2, 20, MaskRule()),
     "smlm odd widths": smlm(64, (5,), 577, 83, torch.bfloat16, train=True),
 }
 """By what they stand for."""

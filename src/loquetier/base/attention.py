@@ -13,7 +13,7 @@ from loquetier.base.context import StepContext
 from loquetier.base.replayed_attention import replayed_rows
 from loquetier.errors import EngineError, UnsupportedModelError
 from loquetier.kernels.attention import MaskRule, span_attention
-from loquetier.kernels.decode import chunk_attention, decode_attention
+from loquetier.kernels.decode import chunk_attention, decode_attention, prompts_read_pages, reads_written_tokens_only
 
 ATTENTION_NAME = "loquetier"
 """Value of ``config._attn_implementation`` on every base."""
@@ -92,24 +92,26 @@ def _cached_rows(
 ) -> list[Tensor]:
     cache, first = step.cache, step.cache_start
     assert cache is not None and step.cache_rows is not None
-    if step.fresh_pages is not None and len(step.fresh_pages):
-        cache.clear(layer, step.fresh_pages)
+    keys, values = cache.keys[layer], cache.values[layer]
+    fresh = step.fresh_pages
+    if fresh is not None and len(fresh) and not reads_written_tokens_only(q, keys):
+        cache.clear(layer, fresh)
     cache.write(layer, step.cache_rows, k.transpose(0, 1)[first:], v.transpose(0, 1)[first:])
     parts = []
     for a, b, past, pages_B in step.prefill:
-        if past == 0:
+        if past == 0 and not prompts_read_pages(q, keys, rule):
             parts.append(span_attention(q[:, a:b], k[:, a:b], v[:, a:b], scale, rule))
         else:
             read = partial(cache.read, layer, pages_B, past + b - a)
-            pages = (cache.keys[layer], cache.values[layer], pages_B)
+            pages = (keys, values, pages_B)
             parts.append(chunk_attention(q[:, a:b], *pages, past, read, scale, rule))
     if step.decode is not None:
         d = step.decode
         q_NHD = q.transpose(0, 1)[d.start :]
         out_NHD = decode_attention(
             q_NHD,
-            cache.keys[layer],
-            cache.values[layer],
+            keys,
+            values,
             d.pages_NB,
             d.positions_N,
             d.visible_NP,

@@ -1,9 +1,10 @@
-"""Attention over cached pages as the base calls it: in C where that is fastest, else on the reference."""
+"""Attention over cached pages as the base calls it: Triton on a GPU, C on a CPU where it is fastest, else torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from loquetier.kernels import attention
 from loquetier.kernels.attention import MaskRule
 from loquetier.kernels.native_attention import NativeDecode
 from loquetier.kernels.select import process_kernels
+
+if TYPE_CHECKING:  # imports triton, which a CPU installation does not have
+    from loquetier.kernels.triton_attention import TritonAttention
 
 FEW_ROWS = 8
 """Up to here the rows of a prefill chunk run as decode rows of one sequence, in place.
@@ -25,6 +29,31 @@ gathering the pages for torch's SDPA, which wins from some ten rows on.
 def _native() -> NativeDecode | None:
     library = process_kernels("cpu").native("decode_attention")
     return NativeDecode(library) if library else None
+
+
+@cache
+def _triton(device_type: str) -> TritonAttention | None:
+    if not process_kernels(device_type).in_triton("decode_attention"):
+        return None
+    from loquetier.kernels.triton_attention import TritonAttention
+
+    return TritonAttention()
+
+
+def _triton_for(q_NHD: Tensor, k_cache: Tensor) -> TritonAttention | None:
+    triton = _triton(q_NHD.device.type)
+    return triton if triton is not None and triton.takes(q_NHD, k_cache) else None
+
+
+def reads_written_tokens_only(q_HLD: Tensor, k_cache: Tensor) -> bool:
+    """Whether attention over these pages never looks at tokens that were not written: then none need be cleared."""
+    return _triton_for(q_HLD.transpose(0, 1), k_cache) is not None
+
+
+def prompts_read_pages(q_HLD: Tensor, k_cache: Tensor, rule: MaskRule) -> bool:
+    """Whether a prompt without a past runs over its pages too, because torch has no fast kernel for this rule."""
+    masked = rule.window is not None or rule.softcap is not None
+    return masked and reads_written_tokens_only(q_HLD, k_cache)
 
 
 def decode_attention(
@@ -47,6 +76,9 @@ def decode_attention(
         visible_NP: gives the reference's mask for a window; the C kernel needs none.
         scale, rule: as in `attention.span_attention`.
     """
+    triton = _triton_for(q_NHD, k_cache)
+    if triton is not None:
+        return triton.decode(q_NHD, k_cache, v_cache, pages_NB, positions_N, scale, rule)
     native = _native() if q_NHD.is_cpu else None
     if native is not None and native.takes(q_NHD, k_cache):
         return native(q_NHD, k_cache, v_cache, pages_NB, positions_N, scale, rule)
@@ -71,8 +103,11 @@ def chunk_attention(
         read: gathers those tokens' K and V, ``[past + L, K, D]`` each, for the reference.
         k_cache, v_cache, scale, rule: as in `decode_attention`.
     """
-    native, num_rows = _native() if q_HLD.is_cpu else None, q_HLD.shape[1]
     q_LHD = q_HLD.transpose(0, 1)
+    triton = _triton_for(q_LHD, k_cache)
+    if triton is not None:
+        return triton.chunk(q_LHD, k_cache, v_cache, pages_B, past, scale, rule).transpose(0, 1)
+    native, num_rows = _native() if q_HLD.is_cpu else None, q_HLD.shape[1]
     if native is not None and num_rows <= FEW_ROWS and native.takes(q_LHD, k_cache):
         positions_L = torch.arange(past, past + num_rows)
         pages_LB = pages_B.expand(num_rows, -1)

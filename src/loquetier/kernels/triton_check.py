@@ -10,10 +10,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from loquetier.kernels import reference
+from loquetier.kernels import attention, reference
+from loquetier.kernels.attention import MaskRule
 from loquetier.kernels.dropout import DropoutRows, dropped_TK, row_keys
 from loquetier.kernels.reference import Factors, FactorTable, Segment
 from loquetier.kernels.selfcheck import difference
+from loquetier.kernels.triton_attention import TritonAttention
 from loquetier.kernels.triton_load import Check
 from loquetier.kernels.triton_smlm import TritonSmlm
 
@@ -101,5 +103,33 @@ def _gradients_differ(
     return next((f for pair in pairs if (f := difference(*pair, dtype))), None)
 
 
-CHECKS: Mapping[str, Check] = {"smlm_forward": check_smlm_forward, "smlm_backward": check_smlm_backward}
+def check_decode_attention(device: torch.device) -> str | None:
+    """Three sequences on scattered pages and a chunk with a past; with and without window and softcap."""
+    positions_N = torch.tensor([0, 41, 149], device=device)
+    pages_NB = torch.randperm(40, generator=torch.Generator().manual_seed(0))[: 3 * 10].view(3, 10).to(device)
+    at_P, kernel = torch.arange(160, device=device), TritonAttention()
+    for dtype in _TYPES:
+        k, v = (random(40, 16, 2, 20 + i, dtype=dtype, device=device)[..., :20].contiguous() for i in range(2))
+        q_NHD = random(3, 6, 20, dtype=dtype, device=device)
+        for rule in (MaskRule(), MaskRule(window=30, softcap=1.5)):
+            visible_NP = at_P <= positions_N[:, None]
+            if rule.window is not None:
+                visible_NP &= at_P > positions_N[:, None] - rule.window
+            expected = attention.decode_attention(q_NHD, k, v, pages_NB, visible_NP, 0.3, rule.softcap)
+            ours = kernel.decode(q_NHD, k, v, pages_NB, positions_N, 0.3, rule)
+            if fault := difference("a decode row", ours, expected, dtype):
+                return fault
+            k_KPD, v_KPD = (c[pages_NB[2]].flatten(0, 1)[:50].transpose(0, 1) for c in (k, v))
+            expected = attention.span_attention(q_NHD.transpose(0, 1), k_KPD, v_KPD, 0.3, rule).transpose(0, 1)
+            ours = kernel.chunk(q_NHD, k, v, pages_NB[2], 47, 0.3, rule)
+            if fault := difference("a chunk's row", ours, expected, dtype):
+                return fault
+    return None
+
+
+CHECKS: Mapping[str, Check] = {
+    "smlm_forward": check_smlm_forward,
+    "smlm_backward": check_smlm_backward,
+    "decode_attention": check_decode_attention,
+}
 """By kernel name (`select.KERNELS`); a kernel without an entry has no Triton version."""

@@ -30,6 +30,10 @@ def why_not(environ: Mapping[str, str], device_type: str) -> str | None:
     return None
 
 
+TYPES: Final = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+"""Types that the kernels take, by their name in `triton.language`."""
+
+
 def interpreted() -> bool:
     """Whether this process's Triton kernels run in the interpreter."""
     return os.environ.get(INTERPRET) == "1"

@@ -55,9 +55,9 @@ def tile_rows(longest: int) -> int:
     return SMALL_TILE if longest <= FEW_ROWS else LARGE_TILE
 
 
-def _splits(programs: int, blocks: int) -> int:
+def _splits(programs: int, blocks: int, enough: int = ENOUGH_PROGRAMS) -> int:
     """How many ways to split a sum of `blocks` steps that `programs` programs would do: a power of two."""
-    wanted = next_power(-(-ENOUGH_PROGRAMS // max(1, programs)))
+    wanted = next_power(-(-enough // max(1, programs)))
     return max(1, min(wanted, MOST_SPLITS, next_power(blocks) // 2))
 
 
@@ -86,3 +86,42 @@ def wgrad_plan(dim: int, padded: int, longest: int, num_spans: int) -> SmlmPlann
     programs = num_spans * (padded // rank_block(padded)) * -(-dim // block)
     split = _splits(programs, -(-longest // WGRAD_ROWS))
     return SmlmPlanned(block, split, _warps(rank_block(padded) * block), 3)
+
+
+LARGEST_HEAD = 256
+"""Elements per head: beyond, a tile's sums do not stay in registers."""
+_KEYS_PER_SPLIT = 256
+"""Fewer keys are not worth a program of their own and its share of the merge."""
+
+
+class AttentionPlanned(NamedTuple):
+    """Of one launch of attention."""
+
+    block_m: int
+    """Query rows times the heads that share a kv head."""
+    block_n: int
+    """Keys per step."""
+    block_d: int
+    split: int
+    """Parts of the keys."""
+    warps: int
+    stages: int
+
+
+def attention_plan(
+    rows: int, kv_heads: int, groups: int, dim: int, most_keys: int, *, decode: bool, wide: bool
+) -> AttentionPlanned:
+    """Sizes for `rows` queries that see at most `most_keys` keys.
+
+    Args:
+        groups: query heads per kv head. decode: a row is a sequence of its own. wide: four-byte elements.
+    """
+    block_d = max(SMALLEST_DOT, next_power(dim))
+    block_m = max(SMALLEST_DOT, next_power(groups))
+    if not decode and rows * groups > SMALLEST_DOT:
+        block_m = max(block_m, 32 if wide or block_d > 128 else 64)
+    block_n = 32 if wide or block_d > 128 else 64
+    block_n = min(block_n, max(SMALLEST_DOT, next_power(most_keys)))
+    programs = kv_heads * (rows if decode else -(-rows // max(1, block_m // groups)))
+    split = _splits(programs, 2 * max(1, most_keys // _KEYS_PER_SPLIT), 4 * ENOUGH_PROGRAMS)  # reading, not computing
+    return AttentionPlanned(block_m, block_n, block_d, split, 8 if block_m * block_d >= 8192 else 4, 2)

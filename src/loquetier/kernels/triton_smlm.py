@@ -15,14 +15,14 @@ from loquetier.kernels import triton_plan as plans
 from loquetier.kernels import triton_smlm_kernels as kernels
 from loquetier.kernels.reference import FactorTable, Segment
 from loquetier.kernels.triton_layout import Layout, make_layout
-from loquetier.kernels.triton_load import interpreted
+from loquetier.kernels.triton_load import TYPES, interpreted
 from loquetier.kernels.triton_tables import GRAD_A, GRAD_B, A, B, common, words_of
 
 if TYPE_CHECKING:
     from loquetier.kernels.dropout import DropoutRows
     from loquetier.kernels.smlm import SmlmPlan
 
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_TYPES = {dtype: getattr(tl, name) for dtype, name in TYPES.items()}
 
 
 class _Work(NamedTuple):
