@@ -44,6 +44,7 @@ def serve(
     ] = None,
     kv_memory: Annotated[int | None, typer.Option(help="Bytes for the KV cache.")] = None,
     adapter_memory: Annotated[int | None, typer.Option(help="Bytes for adapter weights.")] = None,
+    prefix_cache: Annotated[bool, typer.Option(help="Keep the KV pages of prompts for requests like them.")] = True,
     keep_versions: Annotated[int, typer.Option(help="Versions of each adapter kept to roll back to.")] = 2,
     adapter_root: Annotated[
         Path | None, typer.Option(help="Directory below which /v1/load_lora_adapter may read; without it: nowhere.")
@@ -84,6 +85,7 @@ def serve(
         dtype=dtype,
         kv_memory=kv_memory,
         adapter_memory=adapter_memory,
+        prefix_cache=prefix_cache,
         keep_versions=keep_versions,
         step_time_budget=slo_tpot,
     )

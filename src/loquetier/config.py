@@ -294,6 +294,9 @@ class EngineConfig:
     """Bytes for adapter weights of serving and training slots; None = an eighth of the free memory, at most 2 GiB."""
     page_size: int = 16
     """Tokens per KV page."""
+    prefix_cache: bool = True
+    """Keep the KV pages of prompts and answers while there is room, and begin a request of the same owner, on the same
+    adapter version, with those of its first tokens that are there; False = compute every prompt anew."""
     max_rows: int = 2048
     """Most rows of all kinds in one step."""
     max_prefill_rows: int = 512
@@ -331,6 +334,7 @@ class EngineConfig:
             "must be auto, cpu, cuda or cuda:N",
         )
         _check(self.tape in ("auto", "graph", "replay"), "tape", self.tape, "must be auto, graph or replay")
+        _check_bools(self, "prefix_cache")
         for name in ("page_size", "max_rows", "max_prefill_rows", "max_train_rows", "max_sequences", "train_window"):
             value = getattr(self, name)
             _check(_is_int(value) and value >= 1, name, value, "must be an integer >= 1")

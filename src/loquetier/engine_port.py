@@ -15,6 +15,7 @@ from loquetier.adapters.registry import AdapterVersion
 from loquetier.config import SamplingParams
 from loquetier.engine.engine import Engine
 from loquetier.engine.loop import EngineLoop
+from loquetier.engine.prefix import CacheSpace
 from loquetier.engine.request import Request, TokenEvent
 from loquetier.engine.sampler import TokenConstraint
 from loquetier.errors import EngineStoppedError, LoquetierError
@@ -75,12 +76,14 @@ class EnginePort:
         sink: Callable[[int, TokenEvent], None],
         priority: int = 0,
         constrain: Callable[[], TokenConstraint] | None = None,
+        space: CacheSpace | None = None,
     ) -> Future[Ticket]:
         """Queue one request per prompt, all of them or none; they share one adapter version.
 
         Args:
             sink: called on the engine's thread with the prompt's index and the event; must not block.
             constrain: makes what limits the tokens of one choice; None = nothing does.
+            space: whose requests may share KV pages with these.
 
         Raises (in the future):
             as `Runtime.submit`.
@@ -91,7 +94,7 @@ class EnginePort:
             try:
                 for index, prompt in enumerate(prompts):
                     request = self._engine.add_request(
-                        list(prompt), model, params, _tagged(sink, index), priority, constrain
+                        list(prompt), model, params, _tagged(sink, index), priority, constrain, space
                     )
                     requests.append(request)
             except BaseException:

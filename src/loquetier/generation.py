@@ -35,6 +35,8 @@ class Completion:
     answers: tuple[Answer, ...]
     """In order of choice; n of them."""
     prompt_logprobs: tuple[dict[int, float] | None, ...] | None = None
+    cached_tokens: int = 0
+    """Prompt tokens that the first answer found in the prefix cache."""
 
     @property
     def text(self) -> str:
@@ -59,6 +61,7 @@ class Collector:
         self._model, self._prompt = model, tuple(prompt)
         self._answers = [Answer() for _ in range(n)]
         self._prompt_logprobs: tuple[dict[int, float] | None, ...] | None = None
+        self._cached_tokens = 0
         self.num_open = n
 
     def add(self, event: TokenEvent) -> None:
@@ -78,13 +81,15 @@ class Collector:
             answer.top_logprobs.append(event.top_logprobs or {})
         if event.prompt_logprobs is not None:
             self._prompt_logprobs = event.prompt_logprobs
+        if event.index == 0:
+            self._cached_tokens += event.cached_tokens
         if event.finish_reason is not None:
             answer.finish_reason, answer.stop_reason = event.finish_reason, event.stop_reason
             self.num_open -= 1
 
     def completion(self) -> Completion:
         """The answer, once `num_open` is 0."""
-        return Completion(self._model, self._prompt, tuple(self._answers), self._prompt_logprobs)
+        return Completion(self._model, self._prompt, tuple(self._answers), self._prompt_logprobs, self._cached_tokens)
 
 
 class GenerationHandle:

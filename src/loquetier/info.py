@@ -35,6 +35,7 @@ class RuntimeStats:
     num_running: int
     num_waiting: int
     kv_pages_free: int
+    """Those that only the prefix cache still holds included."""
     kv_pages: int
     arena_bytes_free: int
     arena_bytes: int
@@ -45,6 +46,10 @@ class RuntimeStats:
     """Seconds of the slowest publish."""
     publish_bytes: int
     """Bytes of weights that publishing copied, over all publishes."""
+    prefix_queries: int = 0
+    """Tokens of admitted sequences that could have been in the prefix cache, each sequence once."""
+    prefix_hits: int = 0
+    """Tokens of them that were."""
 
     @property
     def mean_publish(self) -> float:

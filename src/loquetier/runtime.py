@@ -496,7 +496,7 @@ class Runtime:
             tokens_generated=engine.serving.tokens_generated,
             num_running=engine.scheduler.num_running,
             num_waiting=engine.scheduler.num_waiting,
-            kv_pages_free=engine.allocator.num_free,
+            kv_pages_free=engine.scheduler.pages.num_available,
             kv_pages=engine.allocator.num_pages,
             arena_bytes_free=engine.arena.free_bytes,
             arena_bytes=engine.arena.total_bytes,
@@ -504,6 +504,8 @@ class Runtime:
             publish_seconds=engine.jobs.publish_seconds,
             longest_publish=engine.jobs.longest_publish,
             publish_bytes=engine.jobs.publish_bytes,
+            prefix_queries=engine.scheduler.pages.num_queried,
+            prefix_hits=engine.scheduler.pages.num_hit,
         )
 
     def check_integrity(self) -> None:

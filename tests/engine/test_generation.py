@@ -69,7 +69,7 @@ def load_random(engine: Engine, name: str, *, std: float = 0.1, seed: int = 1, *
 
 
 def pages_taken(engine: Engine) -> int:
-    return engine.allocator.num_pages - engine.allocator.num_free
+    return engine.allocator.num_pages - engine.scheduler.pages.num_available
 
 
 # --- batching ---
@@ -428,7 +428,7 @@ def test_a_refused_request_changes_nothing(case: str, busy: Engine) -> None:
 
     def state() -> tuple[Any, ...]:
         users = [v.users for v in busy.registry.versions]
-        return busy.allocator.num_free, users, list(busy.serving.requests), list(busy.serving.choices)
+        return busy.scheduler.pages.num_available, users, list(busy.serving.requests), list(busy.serving.choices)
 
     before = state()
     with pytest.raises(error) as caught:

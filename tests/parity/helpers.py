@@ -51,7 +51,7 @@ def new_engine() -> Iterator[EngineFactory]:
     for engine in made:
         engine.check_integrity()
         if not engine.has_work:
-            assert engine.allocator.num_free == engine.allocator.num_pages
+            assert engine.scheduler.pages.num_available == engine.allocator.num_pages
             assert not engine.serving.requests and not engine.serving.choices
 
 

@@ -116,7 +116,7 @@ def logits_of(engine: Engine) -> Any:
 def test_pages_of_a_request_that_is_gone_do_not_count(new_engine: EngineFactory) -> None:
     """Few pages, many requests one after the other: what an earlier one left in a page must not be seen."""
     model = tiny_model("llama", hidden=64, head_dim=16).bfloat16()
-    engine = new_engine(model, page_size=4)
+    engine = new_engine(model, page_size=4, prefix_cache=False)
     first = ask(engine, prompt_of(13, 1), max_tokens=15, ignore_eos=True)
     run(engine)
     for cache in (*engine.cache.keys, *engine.cache.values):

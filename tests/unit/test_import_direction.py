@@ -56,6 +56,7 @@ TORCHLESS = (
     "loquetier.engine.rows",
     "loquetier.engine.scheduler",
     "loquetier.engine.blocks",
+    "loquetier.engine.prefix",
     "loquetier.engine.policy",
     "loquetier.engine.cost",
     "loquetier.engine.stopping",

@@ -57,6 +57,9 @@ class Base:
         self.head_dim = int(
             getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
         )
+        window = getattr(self.config, "sliding_window", None)
+        self.sliding_window: int | None = None if window is None else int(window)
+        """Tokens that a row of some layer attends to; None where every layer attends to all before it."""
         self._binding = Binding()
         register()
         layers = list(decoder_layers(model))

@@ -35,7 +35,8 @@ def run(
     """Measure and return the result; `tell` gets one line per measurement."""
     workload = workload or Workload()
     config = resolve(
-        EngineConfig(dtype=dtype, kv_memory=1 << 30, adapter_memory=1 << 29),  # type: ignore[arg-type]
+        # No prefix cache: rounds repeat the same prompts, which the peer computes each time.
+        EngineConfig(dtype=dtype, kv_memory=1 << 30, adapter_memory=1 << 29, prefix_cache=False),  # type: ignore[arg-type]
         detect_hardware(),
     )
     torch_dtype = getattr(torch, config.dtype)

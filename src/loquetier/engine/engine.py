@@ -23,6 +23,7 @@ from loquetier.engine.blocks import BlockAllocator
 from loquetier.engine.cost import plan_features
 from loquetier.engine.jobs import Jobs
 from loquetier.engine.policy import TrainLimits
+from loquetier.engine.prefix import CacheSpace
 from loquetier.engine.request import Request, TokenEvent
 from loquetier.engine.rows import StepPlan
 from loquetier.engine.sampler import TokenConstraint
@@ -114,7 +115,11 @@ class Engine:
         self.allocator = BlockAllocator(num_pages, config.page_size)
         self.scheduler = Scheduler(config, self.allocator, self.max_context)
         head_module = next((t.index for t in base.targets if t.layer is None), None)
-        self.serving = Serving(base, self.scheduler, self.registry, self.max_context, head_module)
+        window = base.sliding_window
+        may_share = window is None or window >= self.max_context
+        if config.prefix_cache and not may_share:
+            log.info("no prefix cache on %s: its attention has a sliding window of %d tokens", base.name, window)
+        self.serving = Serving(base, self.scheduler, self.registry, self.max_context, head_module, may_share)
         self.trainer = Trainer(base, self.arena, head_module)
         self.adapters = AdapterShelf(self.arena, self.registry)
         self.admission = Admission(self.trainer, self.registry, memory_model(base, config, self.arena.itemsize))
@@ -204,9 +209,10 @@ class Engine:
         sink: Callable[[TokenEvent], None],
         priority: int = 0,
         constrain: Callable[[], TokenConstraint] | None = None,
+        space: CacheSpace | None = None,
     ) -> Request:
         """Queue a request; events go to `sink`. See `Serving.add` for the errors."""
-        return self.serving.add(prompt, model, params, sink, priority, constrain)
+        return self.serving.add(prompt, model, params, sink, priority, constrain, space)
 
     def abort_request(self, request_id: int) -> None:
         """End a request before the next step; its pages are free at once."""
@@ -228,8 +234,9 @@ class Engine:
         owned = [v.slot for v in self.registry.versions] + [j.slot for j in self.trainer.jobs.values()]
         if sorted(owned) != sorted(self.arena.slots):
             raise IntegrityError(f"slots {sorted(self.arena.slots)} are allocated, {sorted(owned)} are owned")
-        if not self.has_work and self.allocator.num_free != self.allocator.num_pages:
-            raise IntegrityError(f"idle, but {self.allocator.num_pages - self.allocator.num_free} KV pages are taken")
+        taken = self.allocator.num_pages - self.scheduler.pages.num_available
+        if not self.has_work and taken:
+            raise IntegrityError(f"idle, but {taken} KV pages are taken")
         users = sum(v.users for v in self.registry.versions)
         expected = sum(r.version.slot >= 0 for r in self.serving.requests.values())
         expected += self.admission.num_pinned

@@ -35,6 +35,8 @@ class TokenEvent:
     error: LoquetierError | None = None
     prompt_logprobs: tuple[dict[int, float] | None, ...] | None = None
     """On the first event, if asked for: per prompt token, None for the first one."""
+    cached_tokens: int = 0
+    """On the first event: prompt tokens whose K and V were in the prefix cache."""
 
 
 @dataclass(slots=True, eq=False)
@@ -88,11 +90,23 @@ def advance(choice: Choice, token_id: int, logprob: float | None, top: dict[int,
         text += _flush(choice)
     if choice.stop.stopped is not None:
         reason, stop_reason = "stop", choice.stop.stopped
-    prompt_logprobs = None
-    if choice.is_first_event and seq.needs_prompt_logits:
-        prompt_logprobs = (None, *(choice.prompt_logprobs[i] for i in range(1, seq.prompt_len)))
+    prompt_logprobs, cached = None, 0
+    if choice.is_first_event:
+        cached = seq.num_cached or 0
+        if seq.needs_prompt_logits:
+            prompt_logprobs = (None, *(choice.prompt_logprobs[i] for i in range(1, seq.prompt_len)))
     choice.is_first_event = False
-    return TokenEvent(choice.index, token_id, text, logprob, top, reason, stop_reason, prompt_logprobs=prompt_logprobs)
+    return TokenEvent(
+        choice.index,
+        token_id,
+        text,
+        logprob,
+        top,
+        reason,
+        stop_reason,
+        prompt_logprobs=prompt_logprobs,
+        cached_tokens=cached,
+    )
 
 
 def _grow(choice: Choice, token_id: int) -> str:

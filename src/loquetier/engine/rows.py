@@ -68,6 +68,14 @@ class Sequence:
     num_preemptions: int = 0
     needs_prompt_logits: bool = False
     """True when every prompt row's logits are wanted (prompt logprobs)."""
+    cache_root: bytes | None = None
+    """Where the keys of its pages begin; None = it shares no page with others. See `engine.prefix`."""
+    page_keys: list[bytes] = field(default_factory=list)
+    """Keys of its full pages, as far as they were made."""
+    num_offered: int = 0
+    """Pages of its beginning that others were offered, or that it was given."""
+    num_cached: int | None = None
+    """Tokens found in the prefix cache when it was first admitted; None before, and when it shares nothing."""
 
     @property
     def num_left(self) -> int:

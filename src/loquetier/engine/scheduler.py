@@ -32,6 +32,7 @@ from loquetier.engine.policy import (
     row_order,
     training_share,
 )
+from loquetier.engine.prefix import PrefixCache
 from loquetier.engine.rows import PrefillChunk, Sequence, SequenceStatus, StepPlan, TrainItem
 from loquetier.errors import ContextLengthError, IntegrityError, OutOfKVMemoryError
 
@@ -121,6 +122,8 @@ class Scheduler:
     ) -> None:
         self._config = config
         self._allocator = allocator
+        self.pages = PrefixCache(allocator, config.prefix_cache)
+        """Who reads which page, and what is kept in pages that nobody reads."""
         self._max_context = max_context
         self.cost = cost if cost is not None else StepCostModel()
         """Learns step times; the engine calls ``cost.observe(plan_features(plan, backward_rows), seconds)``."""
@@ -189,11 +192,13 @@ class Scheduler:
         self._running.remove(seq)
         self._release(seq, SequenceStatus.FINISHED)
 
-    def abort(self, seq: Sequence) -> None:
-        """End a sequence wherever it is and free its pages.
+    def abort(self, seq: Sequence, *, has_failed: bool = False) -> None:
+        """End a sequence wherever it is and free its pages; those of one that failed are not kept for others.
 
         One that is finished or aborted already stays as it is: a client may leave just after its last token.
         """
+        if has_failed:
+            self.pages.distrust(seq)
         if seq.status is SequenceStatus.RUNNING:
             self._running.remove(seq)
         elif seq.status is SequenceStatus.WAITING:
@@ -247,9 +252,11 @@ class Scheduler:
         for chunk in plan.prefill:
             if chunk.seq.status is SequenceStatus.RUNNING:
                 chunk.seq.num_computed = chunk.start + chunk.length
+                self.pages.offer(chunk.seq)
         for seq in plan.decode:
             if seq.status is SequenceStatus.RUNNING:
                 seq.num_computed += 1
+                self.pages.offer(seq)
 
     def check_integrity(self) -> None:
         """Check queues, statuses and pages against each other.
@@ -271,7 +278,7 @@ class Scheduler:
                 )
         if len(self._running) > self._max_running:
             raise IntegrityError(f"{len(self._running)} sequences run, the limit is {self._max_running}")
-        self._allocator.check_integrity(seq.pages for seq in self._running)
+        self.pages.check_integrity(self._running)
 
     # --- the phases of schedule() ---
 
@@ -280,7 +287,7 @@ class Scheduler:
             # An earlier sequence of this very loop may have preempted this one.
             wants_row = seq.status is SequenceStatus.RUNNING and seq.num_left == 1
             if wants_row and self._make_room(seq, draft):
-                self._grow(seq, seq.num_computed + 1)
+                self.pages.grow(seq, seq.num_computed + 1)
                 draft.decode[seq.seq_id] = seq
             elif wants_row:
                 self._preempt(seq, draft)
@@ -295,7 +302,7 @@ class Scheduler:
             # comes earlier may still take its pages, and it is first one day.
             if self._make_room(seq, draft):
                 length = min(seq.num_left, draft.prefill_rows_left, self._tokens_that_fit(seq))
-                self._grow(seq, seq.num_computed + length)
+                self.pages.grow(seq, seq.num_computed + length)
                 draft.add_chunk(seq, length)
 
     def _admit(self, draft: _Draft) -> None:
@@ -306,14 +313,18 @@ class Scheduler:
             # All its known tokens must fit, though only its first chunk's pages are taken now: the rest stays free
             # for it because a running prefill goes on before anyone is admitted, and takes every row that is left.
             # The first that does not fit ends admission: nobody overtakes it.
-            needed = self._allocator.pages_needed(len(seq.tokens)) + reserved_pages(len(self._running))
-            if needed > self._allocator.num_free:
+            prefix = self.pages.look_up(seq)
+            if prefix.is_awaited:
+                return
+            missing = self._allocator.pages_needed(len(seq.tokens)) - len(prefix.pages)
+            if missing + reserved_pages(len(self._running)) > self.pages.num_available - prefix.num_idle:
                 return
             self._waiting.remove(seq)
             seq.status = SequenceStatus.RUNNING
             self._running.add(seq)
+            self.pages.take(seq, prefix)
             length = min(seq.num_left, draft.prefill_rows_left)
-            self._grow(seq, length)
+            self.pages.grow(seq, seq.num_computed + length)
             draft.add_chunk(seq, length)
 
     def _with_training(
@@ -346,8 +357,8 @@ class Scheduler:
     # --- pages ---
 
     def _tokens_that_fit(self, seq: Sequence) -> int:
-        """Tokens beyond ``num_computed`` for which there are pages: its own and the free ones."""
-        return (len(seq.pages) + self._allocator.num_free) * self._allocator.page_size - seq.num_computed
+        """Tokens beyond ``num_computed`` for which there are pages: its own and the available ones."""
+        return (len(seq.pages) + self.pages.num_available) * self._allocator.page_size - seq.num_computed
 
     def _make_room(self, seq: Sequence, draft: _Draft) -> bool:
         """Preempt sequences after `seq` until one more token of it fits; False when there is none left to preempt."""
@@ -366,14 +377,8 @@ class Scheduler:
         self._waiting.add(seq)
         draft.drop(seq)
 
-    def _grow(self, seq: Sequence, num_tokens: int) -> None:
-        missing = self._allocator.pages_needed(num_tokens) - len(seq.pages)
-        if missing > 0:
-            seq.pages.extend(self._allocator.allocate(missing))
-
     def _release(self, seq: Sequence, status: SequenceStatus) -> None:
-        self._allocator.free(seq.pages)
-        seq.pages.clear()
+        self.pages.release(seq)
         seq.status = status
 
     def _room(self, plan: StepPlan, backward_rows: int, turn: _Turn) -> StepRoom:

@@ -15,6 +15,7 @@ from loquetier.base.model import Base
 from loquetier.config import SamplingParams
 from loquetier.engine.batch import Batch, head_step
 from loquetier.engine.detokenize import IncrementalDetokenizer
+from loquetier.engine.prefix import CacheSpace
 from loquetier.engine.request import Choice, FinishReason, Request, TokenEvent, advance
 from loquetier.engine.rows import Sequence, SequenceStatus
 from loquetier.engine.sampler import SampledTokens, TokenConstraint, new_state, prompt_logprobs, sample
@@ -37,6 +38,8 @@ class Serving:
     registry: AdapterRegistry
     max_context: int
     head_module: int | None
+    may_share: bool = True
+    """False on a base with a sliding window: its sequences share no pages."""
     requests: dict[int, Request] = field(default_factory=dict)
     choices: dict[int, Choice] = field(default_factory=dict)
     """By sequence id."""
@@ -53,10 +56,12 @@ class Serving:
         sink: Callable[[TokenEvent], None],
         priority: int = 0,
         constrain: Callable[[], TokenConstraint] | None = None,
+        space: CacheSpace | None = None,
     ) -> Request:
         """Queue a request; all of it is accepted, or nothing is changed and an error raised.
 
-        `constrain` makes what limits the tokens of one choice, for each choice its own.
+        `constrain` makes what limits the tokens of one choice, for each choice its own. `space`: whose requests share
+        KV pages with it; None = those without an owner.
 
         Raises:
             AdapterNotFoundError, ContextLengthError, OutOfKVMemoryError, ConfigError: see `Runtime.generate`.
@@ -64,10 +69,12 @@ class Serving:
         max_total = self._max_total(prompt, params)
         version = self.registry.acquire(model)
         request = Request(next(self._ids), version, params, self.base.loaded.eos_token_ids, sink)
+        root = self.scheduler.pages.root(version.label, space or CacheSpace()) if self.may_share else None
         added: list[Sequence] = []
         try:
             for index in range(params.n):
                 choice = self._new_choice(request, index, list(prompt), max_total, priority)
+                choice.seq.cache_root = root
                 choice.sampler.constraint = None if constrain is None else constrain()
                 self.scheduler.add(choice.seq)
                 added.append(choice.seq)
@@ -191,7 +198,7 @@ class Serving:
 
     def end(self, choice: Choice, error: LoquetierError | None) -> None:
         """End one choice early: aborted by its client (no error), or failed."""
-        self.scheduler.abort(choice.seq)
+        self.scheduler.abort(choice.seq, has_failed=error is not None)
         self._forget(choice)
         reason: FinishReason = "abort" if error is None else "error"
         self._tell(choice.request, TokenEvent(choice.index, None, "", finish_reason=reason, error=error))

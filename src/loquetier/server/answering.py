@@ -94,12 +94,12 @@ async def _whole(
         completions = [c.completion() for c in collectors]
         _finished(services, order, run, completions[0].answers[0].finish_reason or "stop")
     shape = make_shape(run.label)
-    body = await asyncio.to_thread(_encode_whole, shape, completions, run.completion_tokens)
+    body = await asyncio.to_thread(_encode_whole, shape, completions, run.completion_tokens, run.cached_tokens)
     return Response(body, 200, {VERSION_HEADER: run.label}, "application/json")
 
 
-def _encode_whole(shape: Shape, completions: Sequence[Completion], generated: int) -> bytes:
-    return msgspec.json.encode(shape.whole(completions) | {"usage": usage(shape, generated)})
+def _encode_whole(shape: Shape, completions: Sequence[Completion], generated: int, cached: int) -> bytes:
+    return msgspec.json.encode(shape.whole(completions) | {"usage": usage(shape, generated, cached)})
 
 
 async def _start_stream(
@@ -124,13 +124,15 @@ async def _stream(services: Services, order: Order, run: Running, shape: Shape) 
             for index, event in batch:
                 for chunk in shape.chunks(index, event):
                     if options.usage:
-                        chunk["usage"] = usage(shape, run.completion_tokens) if options.continuous else None
+                        chunk["usage"] = (
+                            usage(shape, run.completion_tokens, run.cached_tokens) if options.continuous else None
+                        )
                     out.append(encode(chunk))
                 reason = event.finish_reason or reason
             if out:
                 yield b"".join(out)
         if options.usage:
-            yield encode(shape.empty_chunk() | {"usage": usage(shape, run.completion_tokens)})
+            yield encode(shape.empty_chunk() | {"usage": usage(shape, run.completion_tokens, run.cached_tokens)})
     except ApiError:
         reason = "error"
         raise
@@ -147,11 +149,12 @@ def _name(order: Order) -> str:
     return order.model.partition("@")[0]
 
 
-def usage(shape: Shape, generated: int) -> dict[str, int]:
-    """OpenAI's usage object."""
+def usage(shape: Shape, generated: int, cached: int) -> dict[str, Any]:
+    """OpenAI's usage object. `cached`: prompt tokens that were in the prefix cache."""
     shown = shape.shown_tokens(generated)
     return {
         "prompt_tokens": shape.prompt_tokens,
         "completion_tokens": shown,
         "total_tokens": shape.prompt_tokens + shown,
+        "prompt_tokens_details": {"cached_tokens": cached},
     }

@@ -49,6 +49,8 @@ class Metrics:
         self._counters: dict[str, list[Counter]] = {}
         self._gauges: dict[str, list[Gauge]] = {}
         self._histograms: dict[str, list[Histogram]] = {}
+        self._counted: dict[str, int] = {}
+        """Of the counters that the engine keeps: what was taken over so far."""
         self._build()
 
     def _build(self) -> None:
@@ -58,6 +60,8 @@ class Metrics:
             ("generation_tokens", "Generated tokens.", model),
             ("request_success", "Completed requests.", ("model_name", "finished_reason")),
             ("admission_rejections", "Requests refused at the door.", ("model_name", "reason")),
+            ("prefix_cache_queries", "Tokens looked for in the prefix cache.", model),
+            ("prefix_cache_hits", "Tokens found in the prefix cache.", model),
         ):
             self._counters[name] = [
                 Counter(f"{p}:{name}", text, labels, registry=self.registry) for p in self._prefixes
@@ -172,6 +176,8 @@ class Metrics:
         ):
             for gauge in self._gauges[name]:
                 gauge.labels(self._base).set(value)
+        self._take_over("prefix_cache_queries", pulse.prefix_queries)
+        self._take_over("prefix_cache_hits", pulse.prefix_hits)
         own = self._own_gauges
         own["adapter_bytes_used"].set(pulse.arena_bytes - pulse.arena_bytes_free)
         own["adapter_bytes_total"].set(pulse.arena_bytes)
@@ -181,6 +187,11 @@ class Metrics:
         own["publish_seconds_total"].set(pulse.publish_seconds)
         for kind in ("train", "eval", "prefill", "decode"):
             own["engine_rows_total"].labels(kind).set(getattr(pulse.totals, f"{kind}_rows"))
+
+    def _take_over(self, name: str, total: int) -> None:
+        """Bring a counter up to what the engine has counted."""
+        self._count(name, total - self._counted.get(name, 0), self._base)
+        self._counted[name] = total
 
     def _count(self, name: str, amount: float, *labels: str) -> None:
         for counter in self._counters[name]:

@@ -37,6 +37,8 @@ class Order:
     streaming: Streaming | None = None
     """None: one answer at the end."""
     return_token_ids: bool = False
+    cache_salt: str | None = None
+    """Only requests with the same one share KV pages, besides having the same owner."""
     constrain: Callable[[], TokenConstraint] | None = None
     """Makes what limits the tokens of one choice, where a structure is asked for."""
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
+from loquetier.engine.prefix import CacheSpace
 from loquetier.engine.request import TokenEvent
 from loquetier.engine_port import Ticket
 from loquetier.errors import EngineStoppedError, LoquetierError
@@ -36,6 +37,8 @@ class Running:
         self.label = ""
         """The version that answers."""
         self.completion_tokens = 0
+        self.cached_tokens = 0
+        """Prompt tokens that were in the prefix cache, of each prompt's first answer."""
         self._has_failed = False
         self.times = RequestTimes(services.clock)
 
@@ -43,9 +46,10 @@ class Running:
         """Queue the order. Raises ApiError, with nothing queued."""
         order, quarantine = self._order, self._services.quarantine
         quarantine.check(order.model)
+        space = CacheSpace(self._who.owner, order.cache_salt or "")
         try:
             future = self._services.port.add(
-                prompts, order.model, order.params, self._sink, order.priority, order.constrain
+                prompts, order.model, order.params, self._sink, order.priority, order.constrain, space
             )
             try:
                 self._ticket = await asyncio.shield(asyncio.wrap_future(future))
@@ -67,6 +71,8 @@ class Running:
                 self._services.admission.started(self._waiting)
             self.completion_tokens += 1
             self.times.token()
+        if event.index == 0:
+            self.cached_tokens += event.cached_tokens
         if event.finish_reason is not None:
             self.num_open -= 1
         self._events.append((index, event))

@@ -21,6 +21,9 @@ class Pulse:
     num_waiting: int
     kv_pages: int
     kv_pages_free: int
+    """Those that only the prefix cache still holds included."""
+    prefix_queries: int
+    prefix_hits: int
     arena_bytes: int
     arena_bytes_free: int
     tokens_generated: int
@@ -77,7 +80,9 @@ def _pulse(engine: Engine) -> Pulse:
         num_running=engine.scheduler.num_running,
         num_waiting=engine.scheduler.num_waiting,
         kv_pages=engine.allocator.num_pages,
-        kv_pages_free=engine.allocator.num_free,
+        kv_pages_free=engine.scheduler.pages.num_available,
+        prefix_queries=engine.scheduler.pages.num_queried,
+        prefix_hits=engine.scheduler.pages.num_hit,
         arena_bytes=engine.arena.total_bytes,
         arena_bytes_free=engine.arena.free_bytes,
         tokens_generated=engine.serving.tokens_generated,

@@ -38,6 +38,7 @@ def router(services: Services) -> APIRouter:
             priority=body.priority or 0,
             streaming=streaming_of(body),
             return_token_ids=bool(body.return_token_ids),
+            cache_salt=body.cache_salt,
             constrain=await services.grammars.constraint(body),
         )
         messages, tools = read_conversation(body.messages, settings.max_messages), tools_of(body)

@@ -48,7 +48,7 @@ class SamplingFields(BaseModel):
     return_token_ids: bool | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^@/\\\x00]+$")] | None = None
-    """vLLM's salt of the prefix cache: bounded here, and nothing is cached across requests."""
+    """vLLM's salt of the prefix cache: only requests with the same one share what is cached."""
     response_format: dict[str, Any] | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
