@@ -7,10 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from loquetier.kernels import triton_rows
 from loquetier.kernels.attention import MaskRule
 from loquetier.kernels.dropout import DropoutRows
 from loquetier.kernels.reference import Factors, Segment
 from loquetier.kernels.triton_attention import TritonAttention
+from loquetier.kernels.triton_rows import TritonRowOps
 from loquetier.kernels.triton_smlm import TritonSmlm
 
 HIDDEN, INNER = 4096, 14336
@@ -72,6 +74,27 @@ def attention(
     return call
 
 
+def rows(count: int, dim: int, heads: int, kv_heads: int, head: int, dtype: torch.dtype) -> Callable[[], None]:
+    """A layer's small operations, both ways."""
+
+    def call() -> None:
+        x, weight, ops = _empty(count, dim, dtype=dtype), _empty(dim, dtype=dtype), TritonRowOps()
+        ops.rms_norm(x, weight, 1e-5, torch.empty_like(x), torch.empty_like(x))
+        for one_plus in (False, True):
+            triton_rows.rms_norm(x, weight, 1e-5, one_plus=one_plus)
+            triton_rows.rms_norm_backward(x, weight, 1e-5, x, one_plus=one_plus)
+        qkv, cos = _empty(count, (heads + 2 * kv_heads) * head, dtype=dtype), _empty(count, head, dtype=dtype)
+        ops.head_norm(qkv, 0, heads, _empty(head, dtype=dtype), 1e-5)
+        cache = _empty(8, 16, kv_heads, head, dtype=dtype)
+        ops.rotary(qkv, cos, cos, heads + kv_heads)
+        ops.rotary_and_write(qkv, cos, cos, heads, kv_heads, (cache, cache, torch.zeros(count, dtype=torch.int64)))
+        for activation in (triton_rows.SILU, triton_rows.GELU_TANH):
+            triton_rows.gated(x, x, torch.empty_like(x), activation)
+            triton_rows.gated_backward(x, x, x, activation)
+
+    return call
+
+
 LAUNCHES: dict[str, Callable[[], None]] = {
     "smlm decode r16": smlm(16, (16, 8, 8, 4), HIDDEN, HIDDEN, torch.bfloat16, train=False),
     "smlm decode r64": smlm(32, (64,) * 32, HIDDEN, INNER, torch.bfloat16, train=False),
@@ -87,6 +110,8 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "chunk gemma2": attention(512, 64, 8, 4, 256, MaskRule(4096, 50.0), past=0),
     "chunk float32": attention(64, 16, 9, 3, 64, MaskRule(), past=64, dtype=torch.float32),
     "decode odd heads": attention(3, 4, 6, 2, 20, MaskRule()),
+    "rows llama": rows(64, HIDDEN, 32, 8, 128, torch.bfloat16),
+    "rows smollm2": rows(16, 576, 9, 3, 64, torch.float32),
     "smlm odd widths": smlm(64, (5,), 577, 83, torch.bfloat16, train=True),
 }
 """By what they stand for."""

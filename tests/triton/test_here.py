@@ -17,5 +17,5 @@ def test_triton_is_here() -> None:
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("the Triton kernels are tested in the interpreter: TRITON_INTERPRET=1 (make test-triton)")
     kernels = choose_kernels({**os.environ, "LOQUETIER_KERNELS": "triton"})
-    for kernel in ("smlm_forward", "smlm_backward"):
+    for kernel in ("smlm_forward", "smlm_backward", "decode_attention", "row_ops"):
         assert kernels.in_triton(kernel), kernels.choices[kernel]

@@ -21,6 +21,10 @@ STEP_KEYWORD = "loquetier_step"
 """Keyword of ``model(...)`` that carries the step to the attention."""
 
 
+WRITTEN_KEYWORD = "loquetier_written"
+"""Keyword that says whether K and V of the step's rows are in the cache already."""
+
+
 def unified_attention(
     module: nn.Module,
     query: Tensor,
@@ -35,8 +39,8 @@ def unified_attention(
 ) -> tuple[Tensor, None]:
     """Attention of a step's rows: ``query [1, H, M, D]``, ``key/value [1, K, M, D]`` -> ``[1, M, H, D]``.
 
-    K and V of PREFILL and DECODE rows are written to the cache first. TRAIN rows keep their graph, all other
-    rows are detached, so nothing of them is kept for a backward.
+    K and V of PREFILL and DECODE rows are written to the cache first, unless they are there. TRAIN rows keep their
+    graph, all other rows are detached, so nothing of them is kept for a backward.
 
     Raises:
         EngineError: called outside a step. UnsupportedModelError: attention sinks (`s_aux`).
@@ -60,6 +64,8 @@ def unified_attention(
         parts += _eval_rows(q_HMD, k_KMD, v_KMD, scale, rule, step)
         if step.cache is not None and step.cache_start < step.num_rows:
             layer = int(module.layer_idx)  # type: ignore[arg-type]
+            if not kwargs.get(WRITTEN_KEYWORD):
+                _write_cache(k_KMD, v_KMD, step, layer)
             parts += _cached_rows(q_HMD, k_KMD, v_KMD, scale, rule, step, layer)
     out_HMD = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     return out_HMD.transpose(0, 1)[None], None
@@ -87,16 +93,20 @@ def _eval_rows(q: Tensor, k: Tensor, v: Tensor, scale: float, rule: MaskRule, st
     return [span_attention(q[:, a:b], k[:, a:b], v[:, a:b], scale, rule) for a, b in step.spans if a >= step.num_train]
 
 
+def _write_cache(k: Tensor, v: Tensor, step: StepContext, layer: int) -> None:
+    cache, first, fresh = step.cache, step.cache_start, step.fresh_pages
+    assert cache is not None and step.cache_rows is not None
+    if fresh is not None and len(fresh) and not reads_written_tokens_only(k, cache.keys[layer]):
+        cache.clear(layer, fresh)
+    cache.write(layer, step.cache_rows, k.transpose(0, 1)[first:], v.transpose(0, 1)[first:])
+
+
 def _cached_rows(
     q: Tensor, k: Tensor, v: Tensor, scale: float, rule: MaskRule, step: StepContext, layer: int
 ) -> list[Tensor]:
-    cache, first = step.cache, step.cache_start
-    assert cache is not None and step.cache_rows is not None
+    cache = step.cache
+    assert cache is not None
     keys, values = cache.keys[layer], cache.values[layer]
-    fresh = step.fresh_pages
-    if fresh is not None and len(fresh) and not reads_written_tokens_only(q, keys):
-        cache.clear(layer, fresh)
-    cache.write(layer, step.cache_rows, k.transpose(0, 1)[first:], v.transpose(0, 1)[first:])
     parts = []
     for a, b, past, pages_B in step.prefill:
         if past == 0 and not prompts_read_pages(q, keys, rule):

@@ -21,7 +21,7 @@ from loquetier.base.attention import ATTENTION_NAME, STEP_KEYWORD, unified_atten
 from loquetier.base.context import StepContext
 from loquetier.base.fused import FusedLayer, FusedStack, Norm
 from loquetier.base.linear import LinearGroup, VirtualLinear
-from loquetier.kernels.rowops import RowOps
+from loquetier.kernels.rowops import RowKernels
 
 log = logging.getLogger("loquetier.base")
 
@@ -49,7 +49,7 @@ class _Record:
 
 
 def fused_stack(
-    model: nn.Module, stack: nn.Module, layers: Sequence[nn.Module], ops: RowOps, run: Callable[..., Any]
+    model: nn.Module, stack: nn.Module, layers: Sequence[nn.Module], ops: RowKernels, run: Callable[..., Any]
 ) -> FusedStack | None:
     """The fused form of `stack`, or None (with one log line) when it is of another shape or gives other numbers.
 
@@ -74,6 +74,8 @@ def _probe(model: nn.Module) -> tuple[Tensor, Tensor, StepContext]:
     generator = torch.Generator().manual_seed(0)
     ids_M = torch.randint(0, int(model.config.vocab_size), (num_rows,), generator=generator)  # type: ignore[union-attr,arg-type]
     positions_M = torch.cat([torch.arange(stop - start) for start, stop in _PROBE_SPANS])
+    device = next(model.parameters()).device
+    ids_M, positions_M = ids_M.to(device), positions_M.to(device)
     return ids_M, positions_M, StepContext(num_rows=num_rows, spans=_PROBE_SPANS)
 
 
@@ -115,7 +117,7 @@ def _recorded(
 _ATTENTION_KEYWORDS = ("scaling", "sliding_window", "softcap", "s_aux")
 
 
-def _build(stack: nn.Module, layers: Sequence[nn.Module], ops: RowOps, record: _Record) -> FusedStack:
+def _build(stack: nn.Module, layers: Sequence[nn.Module], ops: RowKernels, record: _Record) -> FusedStack:
     children = _children(stack, {"embed_tokens", "layers", "norm", "rotary_emb"})
     if len(record.outputs) != len(layers):
         raise _Unlike("layers run more or less than once")

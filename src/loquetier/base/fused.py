@@ -1,9 +1,10 @@
 """The decoder stack of steps without training rows, with the small operations fused: no Hugging Face code per layer.
 
 At one row an eager layer spends more time in the code around its GEMMs than in them. Where a stack has the common shape
-(pre-norm, q/k/v/o, optional q/k norms, rotary on whole heads, SwiGLU) this runs the same arithmetic with the C kernels
-of `kernels.rowops`. "Verify, then swap": it is used only if every layer gives the model's own output on the rows of
-a probe, see `base.fuse`; and only for steps that record nothing, so training always runs the model's own code.
+(pre-norm, q/k/v/o, optional q/k norms, rotary on whole heads, SwiGLU) this runs the same arithmetic with the kernels
+of `kernels.rowops` (C) or `kernels.triton_rows`. "Verify, then swap": it is used only if every layer gives the model's
+own output on the rows of a probe, see `base.fuse`; and only for steps that record nothing, so training always runs the
+model's own code.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loquetier.base.attention import STEP_KEYWORD, unified_attention
+from loquetier.base.attention import STEP_KEYWORD, WRITTEN_KEYWORD, unified_attention
 from loquetier.base.context import StepContext
 from loquetier.base.linear import LinearGroup
 from loquetier.kernels.attention import MaskRule
-from loquetier.kernels.rowops import RowOps
+from loquetier.kernels.decode import reads_written_tokens_only
+from loquetier.kernels.rowops import RowKernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ class FusedStack:
 
     def __init__(
         self,
-        ops: RowOps,
+        ops: RowKernels,
         embedding: nn.Module,
         rotary: nn.Module,
         layers: list[FusedLayer],
@@ -125,9 +127,19 @@ class FusedStack:
             self._ops.head_norm(qkv_MN, 0, heads, layer.q_norm.weight_D, layer.q_norm.epsilon)
         if layer.k_norm is not None:
             self._ops.head_norm(qkv_MN, heads * dim, kv_heads, layer.k_norm.weight_D, layer.k_norm.epsilon)
-        self._ops.rotary(qkv_MN, *angles, heads + kv_heads)  # q and k lie side by side
         rows_1HMD = qkv_MN.view(1, len(qkv_MN), heads + 2 * kv_heads, dim).transpose(1, 2)
         q, k, v = torch.split(rows_1HMD, [heads, kv_heads, kv_heads], dim=1)
-        kwargs = {**layer.attention_kwargs, STEP_KEYWORD: step}
+        to = _cache_of(layer, q[0], step)
+        written = self._ops.rotary_and_write(qkv_MN, *angles, heads, kv_heads, to)
+        kwargs = {**layer.attention_kwargs, STEP_KEYWORD: step, WRITTEN_KEYWORD: written}
         out_1MHD, _ = unified_attention(layer.attention, q, k, v, None, **kwargs)
         return out_1MHD.reshape(len(qkv_MN), heads * dim)
+
+
+def _cache_of(layer: FusedLayer, q_HMD: Tensor, step: StepContext) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Where K and V of the step's last rows go, if the attention needs no page cleared before they are written."""
+    if step.cache is None or step.cache_rows is None or step.cache_start >= step.num_rows:
+        return None
+    number = int(layer.attention.layer_idx)  # type: ignore[arg-type]
+    keys = step.cache.keys[number]
+    return (keys, step.cache.values[number], step.cache_rows) if reads_written_tokens_only(q_HMD, keys) else None

@@ -67,7 +67,8 @@ class Base:
         swap_linears(model, self.targets, self._binding)
         linears = {t.index: model.get_submodule(t.path) for t in self.targets}
         self._weights: dict[int, Any] = {index: linear.weight for index, linear in linears.items()}
-        limit_row_modules(model, layers, self._binding)
+        kernels = process_kernels(self.device.type)
+        limit_row_modules(model, layers, self._binding, in_triton=kernels.in_triton("row_ops"))
         cut_layers(layers, self._binding)
         model.set_attn_implementation(ATTENTION_NAME)
         self.footprints = layer_footprints(layers, self.config, self.head_dim)
@@ -76,14 +77,19 @@ class Base:
         """Bytes that a graph tape keeps per TRAIN row, estimated from the layers' shapes."""
         self._stack = decoder_stack(model)
         self._head = _head_only(model, self._stack)
-        self._take_kernels(process_kernels(self.device.type))
+        self._take_kernels(kernels)
 
     def _take_kernels(self, kernels: Kernels) -> None:
-        """Put the C kernels where they fit this base and give its own results."""
+        """Put the kernels where they fit this base and give its own results."""
         self.packed_bytes = pack_base(self._gemms(), kernels)
         """Bytes of the weights' copy in the CPU kernel's layout; 0 where torch's GEMM runs."""
         self.fused: FusedStack | None = None
         self.decode_stack: DecodeStack | None = None
+        if kernels.in_triton("row_ops") and kernels.in_triton("decode_attention") and self.dtype != torch.float32:
+            from loquetier.kernels.triton_rows import TritonRowOps  # imports triton
+
+            self.fused = fused_stack(self.loaded.model, self._stack, self._layers, TritonRowOps(), self._during)
+            return
         library = kernels.native("row_ops")
         if library is None or not self.packed_bytes:  # float32 keeps one path: trained and served rows agree to the bit
             return

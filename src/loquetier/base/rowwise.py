@@ -37,10 +37,10 @@ class _RowWise(torch.autograd.Function):
         with torch.enable_grad():
             out = ctx.fn(*inputs)
         grads = torch.autograd.grad(out, inputs, grad_outputs[0].narrow(ctx.axis, 0, num_train))
-        return None, None, None, *(_pad_rows(g, ctx.axis, ctx.shape[ctx.axis]) for g in grads)
+        return None, None, None, *(pad_rows(g, ctx.axis, ctx.shape[ctx.axis]) for g in grads)
 
 
-def _pad_rows(grad: Tensor, axis: int, num_rows: int) -> Tensor:
+def pad_rows(grad: Tensor, axis: int, num_rows: int) -> Tensor:
     """Zeros for the rows that are not trained."""
     if grad.shape[axis] == num_rows:
         return grad
@@ -51,7 +51,7 @@ def _pad_rows(grad: Tensor, axis: int, num_rows: int) -> Tensor:
     return full
 
 
-def _row_axis(x: Tensor, num_rows: int) -> int | None:
+def row_axis(x: Tensor, num_rows: int) -> int | None:
     """Where the rows are: 1 in ``[1, M, ...]``, 2 in ``[1, H, M, D]``; None when the shape does not tell."""
     at_1 = x.dim() >= 3 and x.shape[1] == num_rows
     at_2 = x.dim() == 4 and x.shape[2] == num_rows
@@ -65,7 +65,7 @@ def make_row_limited(fn: RowFunction, binding: Binding) -> RowFunction:
         step = binding.step
         if step is None or step.num_train == 0 or not (torch.is_grad_enabled() and inputs[0].requires_grad):
             return fn(*inputs)
-        axis = _row_axis(inputs[0], step.num_rows)
+        axis = row_axis(inputs[0], step.num_rows)
         if axis is None:  # as many heads as rows: plain autograd is exact too, it only keeps more
             return fn(*inputs)
         out: Tensor = _RowWise.apply(fn, axis, step.num_train, *inputs)  # type: ignore[no-untyped-call]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from loquetier.adapters.spec import LinearTarget
 from loquetier.base.context import Binding, LayerCall
+from loquetier.base.kernel_rows import gate_kernel, make_kernel_rows, norm_kernel
 from loquetier.base.linear import LinearGroup, VirtualLinear
 from loquetier.base.rowwise import make_row_limited
 
@@ -50,19 +51,27 @@ def _groups(paths: Iterable[str]) -> list[tuple[str, tuple[str, ...]]]:
     return groups
 
 
-def limit_row_modules(model: nn.Module, layers: Iterable[nn.Module], binding: Binding) -> None:
-    """Make norms keep train rows only, and gated MLPs the inputs of their activation only."""
+def limit_row_modules(
+    model: nn.Module, layers: Iterable[nn.Module], binding: Binding, *, in_triton: bool = False
+) -> None:
+    """Make norms keep train rows only, and gated MLPs the inputs of their activation only.
+
+    Args:
+        in_triton: run those of them on Triton kernels that give the same there.
+    """
     for module in model.modules():
         if type(module).__name__.endswith(("Norm", "RMSNorm")) and not list(module.children()):
-            module.forward = make_row_limited(module.forward, binding)
+            kernel = norm_kernel(module) if in_triton else None
+            limited = make_row_limited(module.forward, binding)
+            module.forward = limited if kernel is None else make_kernel_rows(kernel, limited, binding, kernel.dtype)
     for layer in layers:
         for module in layer.modules():
-            limited = _limited_mlp(module, binding)
+            limited = _limited_mlp(module, binding, in_triton=in_triton)
             if limited is not None:
                 module.forward = limited
 
 
-def _limited_mlp(module: nn.Module, binding: Binding) -> Any:
+def _limited_mlp(module: nn.Module, binding: Binding, *, in_triton: bool) -> Any:
     """A forward equal to the module's own for the two gated MLP shapes of the field, or None for anything else.
 
     "Verify, then swap": the swap stands only if it gives the original's result on random rows, bit for bit.
@@ -99,7 +108,13 @@ def _limited_mlp(module: nn.Module, binding: Binding) -> Any:
     probe = torch.randn(1, 3, width, dtype=weight.dtype, device=weight.device)
     with torch.no_grad():
         same = torch.equal(module(probe), forward(probe))
-    return forward if same else None
+    if not same:
+        return None
+    inner = getattr(down, "in_features", None)
+    kernel = gate_kernel(act, inner, probe) if in_triton and isinstance(inner, int) else None
+    if kernel is not None:
+        gated = make_kernel_rows(kernel, gated, binding, probe.dtype)  # `forward` looks the name up when it runs
+    return forward
 
 
 def cut_layers(layers: Sequence[nn.Module], binding: Binding) -> None:

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from loquetier.kernels import attention, reference
+from loquetier.kernels import attention, reference, triton_rows
 from loquetier.kernels.attention import MaskRule
 from loquetier.kernels.dropout import DropoutRows, dropped_TK, row_keys
 from loquetier.kernels.reference import Factors, FactorTable, Segment
 from loquetier.kernels.selfcheck import difference
 from loquetier.kernels.triton_attention import TritonAttention
 from loquetier.kernels.triton_load import Check
+from loquetier.kernels.triton_rows import TritonRowOps
 from loquetier.kernels.triton_smlm import TritonSmlm
 
 _MODULE, _ROWS, _IN, _OUT = 0, 40, 83, 51
@@ -127,9 +128,54 @@ def check_decode_attention(device: torch.device) -> str | None:
     return None
 
 
+def check_row_ops(device: torch.device) -> str | None:
+    """Each operation on odd sizes against float64, backward too."""
+    ops, epsilon = TritonRowOps(), 1e-5
+    for dtype in _TYPES:
+        x, delta, dy, weight = (random(*s, dtype=dtype, device=device) for s in ((3, 45), (4, 45), (5, 45), (45,)))
+        delta, dy = delta[:3], dy[:3]
+        total, y = (x + delta).double().requires_grad_(), torch.empty_like(x)
+        with torch.enable_grad():
+            norm = weight.double() * total * (total.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+        ops.rms_norm(x, weight, epsilon, y, delta)
+        wide, half = random(3, 42, dtype=dtype, device=device), torch.empty(3, 21, dtype=dtype, device=device)
+        gate, up = (t.double().requires_grad_() for t in wide.chunk(2, dim=-1))
+        with torch.enable_grad():
+            gated = gate * gate.sigmoid() * up
+        ops.swiglu(wide, half)
+        ours = triton_rows.gated_backward(wide[:, :21], wide[:, 21:], dy[:, :21], triton_rows.SILU)
+        theirs = torch.autograd.grad(gated, (gate, up), dy[:, :21].double())
+        (dx,) = torch.autograd.grad(norm, total, dy.double())
+        pairs = [
+            ("x", x, total.detach()),
+            ("norm", y, norm.detach()),
+            ("dx", triton_rows.rms_norm_backward(x, weight, epsilon, dy, one_plus=False), dx),
+            ("swiglu", half, gated.detach()),
+            ("dgate", ours[0], theirs[0]),
+            ("dup", ours[1], theirs[1]),
+            *_rotated(dtype, device),
+        ]
+        if fault := next((f for pair in pairs if (f := difference(*pair, dtype))), None):
+            return fault
+    return None
+
+
+def _rotated(dtype: torch.dtype, device: torch.device) -> list[tuple[str, Tensor, Tensor]]:
+    """Two query heads, one kv head of 22; the last of three rows goes to the cache."""
+    qkv, cos, sin = (random(*s, dtype=dtype, device=device) for s in ((3, 88), (3, 22), (3, 22)))
+    k, v = (torch.zeros(1, 4, 1, 22, dtype=dtype, device=device) for _ in range(2))
+    heads = qkv.double()[:, :66].view(3, 3, 22)
+    turned = torch.cat([-heads[..., 11:], heads[..., :11]], dim=-1)
+    rotated = (heads * cos.double()[:, None] + turned * sin.double()[:, None]).view(3, 66)
+    values = qkv[2, 66:].clone()
+    TritonRowOps().rotary_and_write(qkv, cos, sin, 2, 1, (k, v, torch.tensor([3], device=device)))
+    return [("rotary", qkv[:, :66], rotated), ("K", k[0, 3, 0], rotated[2, 44:]), ("V", v[0, 3, 0], values)]
+
+
 CHECKS: Mapping[str, Check] = {
     "smlm_forward": check_smlm_forward,
     "smlm_backward": check_smlm_backward,
     "decode_attention": check_decode_attention,
+    "row_ops": check_row_ops,
 }
 """By kernel name (`select.KERNELS`); a kernel without an entry has no Triton version."""
