@@ -14,7 +14,14 @@ from pathlib import Path
 
 from loquetier.kernels.build import BuildError, find_compiler
 
-TESTS = ("test_native_smlm.py", "test_native_attention.py", "test_native_gemm.py", "test_native_rowops.py")
+TESTS = (
+    "test_native_smlm.py",
+    "test_native_attention.py",
+    "test_native_prefill.py",
+    "test_native_gemm.py",
+    "test_native_rowops.py",
+    "test_native_sample.py",
+)
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
 
 

@@ -36,6 +36,13 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], typer.Option(help="Type of the served weights.")] = "auto",
+    adapter_dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        typer.Option(help="Type of adapters' weights; bfloat16 serves many adapters faster."),
+    ] = "auto",
+    serve_only: Annotated[
+        bool, typer.Option("--serve-only", help="Never train here: the base's weights take half the memory on a CPU.")
+    ] = False,
     slo_ttft: Annotated[
         float | None, typer.Option(help="Seconds to the first token: while one waits longer, new requests get a 503.")
     ] = None,
@@ -83,6 +90,8 @@ def serve(
     )
     engine = EngineConfig(
         dtype=dtype,
+        adapter_dtype=adapter_dtype,
+        serve_only=serve_only,
         kv_memory=kv_memory,
         adapter_memory=adapter_memory,
         prefix_cache=prefix_cache,

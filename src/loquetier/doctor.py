@@ -15,13 +15,15 @@ from rich.console import Console
 from rich.table import Table
 
 from loquetier import __version__
+from loquetier.base.gemm import MEMORY_SHARE
 from loquetier.base.gguf_cache import FORMAT
 from loquetier.base.hardware import detect_hardware
 from loquetier.base.presets import PRESETS, Preset, locate_preset
 from loquetier.cache_dir import default_cache_dir
 from loquetier.config import MIB, EngineConfig, resolve
 from loquetier.errors import BaseNotFoundError, ConfigError
-from loquetier.kernels.select import active_kernels
+from loquetier.kernels.gemm import AMX, NO_KERNEL, GemmKernel
+from loquetier.kernels.select import active_kernels, process_kernels
 
 _ISA_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "matplotlib")
@@ -113,11 +115,27 @@ def _plan(preset: Preset) -> Iterator[tuple[str, str]]:
     else:
         weights = _weight_bytes(directory) // 4 * getattr(torch, config.dtype).itemsize
         yield "weights", _mib(weights)
+        yield "packed weights", _packed(config, weights)
         config = resolve(EngineConfig(), replace(hardware, free_memory=max(0, hardware.free_memory - weights)))
     assert config.kv_memory is not None and config.adapter_memory is not None and config.train_memory is not None
     yield "KV cache", f"at most {_mib(config.kv_memory)} (kv_memory)"
     yield "adapters", f"at most {_mib(config.adapter_memory)} (adapter_memory), for serving and training slots"
     yield "training", f"at most {_mib(config.train_memory)} (train_memory), for jobs' state and the open tape"
+
+
+def _packed(config: EngineConfig, weights: int) -> str:
+    """What `base.gemm.pack_base` will do with a preset's weights."""
+    library = process_kernels("cpu").native("base_gemm") if config.device == "cpu" else None
+    if library is None or config.dtype != "bfloat16":
+        return "none: a CPU kernel packs bfloat16 weights, and it is not active here"
+    level = GemmKernel(library).level
+    if level == NO_KERNEL:
+        return "none: this machine has neither AVX512_BF16 nor AMX"
+    free = detect_hardware("cpu").free_memory - weights
+    if weights > MEMORY_SHARE * free:
+        return f"none: {_mib(weights)} more is over {MEMORY_SHARE:.0%} of what is left"
+    name = "AMX" if level == AMX else "AVX512_BF16, up to 8 rows"
+    return f"some {_mib(weights)} beside them, for {name}; with serve_only instead of them, but for the embedding"
 
 
 def _preset_state(preset: Preset) -> str:

@@ -125,6 +125,13 @@ class CheckpointError(LoquetierError, ValueError):
     status = 500
 
 
+class ServeOnlyError(LoquetierError, RuntimeError):
+    """The engine was told to serve only (`EngineConfig.serve_only`): what is asked for needs the original weights."""
+
+    code = "serve_only"
+    status = 400
+
+
 class JobStateError(LoquetierError, RuntimeError):
     """A job cannot make this transition from the state it is in."""
 

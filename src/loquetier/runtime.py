@@ -80,6 +80,8 @@ class Runtime:
         first = resolve(wanted, detect_hardware(wanted.device))
         loaded = load_base(base, dtype=getattr(torch, first.dtype), device=first.device)
         loaded_base = Base(loaded)
+        if wanted.serve_only:
+            loaded_base.drop_originals()
         self.config = resolve(wanted, detect_hardware(wanted.device))
         self._engine = Engine(loaded_base, self.config)
         self.base_name = loaded.name

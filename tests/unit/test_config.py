@@ -134,7 +134,10 @@ def test_resolve_fills_every_auto() -> None:
 def test_resolve_caps_the_cpu_and_keeps_what_was_asked_for() -> None:
     big = Hardware(has_cuda=False, cpu_bf16_fast=True, free_memory=1 << 40)
     assert (resolve(EngineConfig(), big).kv_memory, resolve(EngineConfig(), big).adapter_memory) == (4 << 30, 2 << 30)
-    asked = EngineConfig(device="cpu", dtype="float32", kv_memory=5 * MIB, adapter_memory=6 * MIB, train_memory=7 * MIB)
+    asked = EngineConfig(
+        device="cpu", dtype="float32", adapter_dtype="float32", kv_memory=5 * MIB, adapter_memory=6 * MIB,
+        train_memory=7 * MIB,
+    )  # fmt: skip
     assert resolve(EngineConfig(), big).train_memory == 1 << 38
     assert resolve(asked, GPU) == asked
 

@@ -21,6 +21,7 @@ from loquetier.adapters.methods import slot_method
 from loquetier.adapters.methods.method import BaseWeight, Method
 from loquetier.adapters.spec import ModulePlan
 from loquetier.errors import IntegrityError, OutOfAdapterMemoryError
+from loquetier.kernels.huge_pages import on_huge_pages
 
 ALIGN = 64
 """Slots start at multiples of this many elements: cache lines, and 16-byte vector loads in any dtype."""
@@ -114,7 +115,8 @@ class Arena:
         self.base_weight: BaseWeight = base_weight or _no_base_weight
         self.itemsize = torch.empty((), dtype=dtype).element_size()
         # Uninitialised memory costs nothing on a CPU until a slot is written.
-        self._buffer = torch.empty(num_bytes // self.itemsize // ALIGN * ALIGN, dtype=dtype, device=device)
+        size = num_bytes // self.itemsize // ALIGN * ALIGN
+        self._buffer = on_huge_pages(torch.empty(size, dtype=dtype, device=device))
         self._free: list[_Run] = [_Run(0, self._buffer.numel())]
         self._runs: dict[int, _Run] = {}
         self._modules: dict[int, tuple[ModulePlan, ...]] = {}

@@ -1,4 +1,4 @@
-"""Steps of decode rows only: the whole fused stack as one C call, without Python between the kernels."""
+"""Steps of served rows and nothing else: the whole fused stack as one C call, without Python between the kernels."""
 
 from __future__ import annotations
 
@@ -14,9 +14,17 @@ from loquetier.base.fused import FusedLayer, FusedStack, Norm
 from loquetier.base.kv_cache import KVCache
 from loquetier.base.linear import LinearGroup
 from loquetier.kernels.gemm import PackedWeight
-from loquetier.kernels.native_attention import NativeDecode
+from loquetier.kernels.native import DTYPE_CODES
+from loquetier.kernels.native_attention import NativeDecode, NativePrefill
 from loquetier.kernels.native_smlm import Rows
-from loquetier.kernels.native_stack import DeltaArguments, LayerArguments, NativeStack, StackArguments
+from loquetier.kernels.native_stack import (
+    DeltaArguments,
+    LayerArguments,
+    NativeStack,
+    Pieces,
+    SpanArguments,
+    StackArguments,
+)
 from loquetier.kernels.smlm import SmlmPlan, planned_rows
 
 
@@ -26,8 +34,8 @@ class _Deltas:
 
     plan: SmlmPlan | None
     rows: tuple[Rows, ...]
-    array: Any
-    count: int
+    cut: Pieces | None
+    """None: they need torch."""
 
 
 class DecodeStack:
@@ -41,11 +49,11 @@ class DecodeStack:
         self._fused, self._native = fused, native
         self._cache: KVCache | None = None
         self._layers: Any = None
-        self._deltas = _Deltas(None, (), None, 0)
+        self._deltas = _Deltas(None, (), None)
 
     def takes(self, step: StepContext) -> bool:
-        """Decode rows and nothing else, on LoRA adapters that C can read, or on none."""
-        if step.decode is None or step.decode.start or step.cache is None:
+        """PREFILL and DECODE rows and nothing else, on LoRA adapters that C can read, or on none."""
+        if step.cache is None or step.cache_start or step.cuts is not None:
             return False
         if step.cache is not self._cache and not self._bind(step.cache):
             return False
@@ -54,31 +62,37 @@ class DecodeStack:
         if step.smlm_plan is None:
             return False
         if self._deltas.plan is not step.smlm_plan:
-            deltas = self._read_deltas(step)
-            if deltas is None:
-                return False
-            self._deltas = deltas
-        return True
+            self._deltas = self._read_deltas(step)
+        return self._deltas.cut is not None
 
     def __call__(self, ids_M: Tensor, positions_M: Tensor, step: StepContext) -> Tensor:
         """Final hidden states ``[M, D]`` after the last norm. No autograd. Raises MemoryError."""
         decode, fused, cache = step.decode, self._fused, self._cache
-        assert decode is not None and cache is not None and step.cache_rows is not None
+        assert cache is not None and step.cache_rows is not None and len(step.cache_rows) == step.num_rows
         with torch.no_grad():
             hidden_MD = fused.embed(ids_M)
             cos_MD, sin_MD = fused.angles(hidden_MD, positions_M)
         out_MD = torch.empty_like(hidden_MD)
-        pages_NB, deltas = decode.pages_NB, self._deltas if step.segments else _Deltas(None, (), None, 0)
+        spans = (SpanArguments * len(step.prefill))(
+            *(SpanArguments(a, b - a, past, pages_B.data_ptr()) for a, b, past, pages_B in step.prefill)
+        )
+        cut = self._deltas.cut if step.segments else None
         arguments = StackArguments(
             num_layers=len(fused.layers), rows=len(ids_M), hidden=hidden_MD.shape[1], heads=fused.heads,
             kv_heads=fused.kv_heads, head_dim=fused.head_dim, inner=_packed(fused.layers[0].down).k,
-            page_size=cache.page_size, pages_width=pages_NB.shape[1], level=_packed(fused.layers[0].o).level,
-            num_deltas=deltas.count, x=hidden_MD.data_ptr(), y=out_MD.data_ptr(), cosines=cos_MD.data_ptr(),
-            sines=sin_MD.data_ptr(), cache_rows=step.cache_rows.data_ptr(), pages=pages_NB.data_ptr(),
-            positions=decode.positions_N.data_ptr(), last_norm=fused.last_norm.weight_D.data_ptr(),
-            last_epsilon=fused.last_norm.epsilon, deltas=addressof(deltas.array) if deltas.count else None,
+            page_size=cache.page_size, level=_packed(fused.layers[0].o).level, num_spans=len(spans),
+            first_decode=decode.start if decode else step.num_rows, x=hidden_MD.data_ptr(), y=out_MD.data_ptr(),
+            cosines=cos_MD.data_ptr(), sines=sin_MD.data_ptr(), cache_rows=step.cache_rows.data_ptr(),
+            spans=addressof(spans), last_norm=fused.last_norm.weight_D.data_ptr(),
+            last_epsilon=fused.last_norm.epsilon,
         )  # fmt: skip
-        work = torch.empty(self._native.work_elements(arguments), dtype=torch.bfloat16)
+        if decode is not None:
+            arguments.pages, arguments.pages_width = decode.pages_NB.data_ptr(), decode.pages_NB.shape[1]
+            arguments.positions = decode.positions_N.data_ptr()
+        if cut is not None and len(cut.pieces):
+            arguments.pieces, arguments.by_gemm = addressof(cut.pieces), addressof(cut.by_gemm)
+            arguments.num_s, arguments.w_dtype = cut.num_s, DTYPE_CODES[cut.dtype]
+        work = torch.empty(self._native.work_bytes(arguments), dtype=torch.uint8)
         arguments.work = work.data_ptr()
         self._native(arguments, self._layers)
         return out_MD
@@ -87,7 +101,7 @@ class DecodeStack:
         """Make the layers' arguments for this cache; False when the attention kernel cannot take its shape."""
         fused = self._fused
         q_NHD = torch.empty((1, fused.heads, fused.head_dim), dtype=torch.bfloat16)
-        if not NativeDecode.takes(q_NHD, cache.keys[0]):
+        if not (NativeDecode.takes(q_NHD, cache.keys[0]) and NativePrefill.takes(q_NHD, cache.keys[0])):
             return False
         array = LayerArguments * len(fused.layers)
         self._layers = array(
@@ -96,23 +110,26 @@ class DecodeStack:
         self._cache = cache
         return True
 
-    def _read_deltas(self, step: StepContext) -> _Deltas | None:
-        """The step's adapters in the order of the GEMMs; None when some of them need torch."""
+    def _read_deltas(self, step: StepContext) -> _Deltas:
+        """The step's adapters in the order of the GEMMs; without a cut when some of them need torch."""
         found: list[tuple[DeltaArguments, Rows]] = []
         for i, layer in enumerate(self._fused.layers):
             for j, group in enumerate((layer.qkv, layer.o, layer.gate_up, layer.down)):
                 for m in group.adapted:
                     rows = planned_rows(m.module, step.segments, step.factors, step.smlm_plan)
-                    if rows is None or rows.long or rows.dtype != torch.float32:
-                        return None
+                    if rows is None or rows.long:
+                        return _Deltas(step.smlm_plan, (), None)
                     if rows.scales:
                         # C writes where it is told to: these are this module's columns and this step's rows.
                         assert rows.widths[1] == m.stop - m.start and rows.stop <= step.num_rows
                         table, scales = rows.table.buffer_info()[0], rows.scales.buffer_info()[0]
-                        where = (4 * i + j, table, scales, len(rows.scales), m.start, m.stop - m.start)
+                        where = (4 * i + j, table, scales, len(rows.scales), m.start, *reversed(rows.widths))
                         found.append((DeltaArguments(*where), rows))
-        array = (DeltaArguments * len(found))(*(arguments for arguments, _ in found))
-        return _Deltas(step.smlm_plan, tuple(rows for _, rows in found), array, len(found))
+        dtypes = {rows.dtype for _, rows in found}
+        assert len(dtypes) <= 1, "an arena has one dtype"
+        dtype = dtypes.pop() if dtypes else torch.float32
+        cut = self._native.cut([arguments for arguments, _ in found], 4 * len(self._fused.layers), dtype)
+        return _Deltas(step.smlm_plan, tuple(rows for _, rows in found), cut)
 
 
 def _layer_arguments(layer: FusedLayer, keys: Tensor, values: Tensor) -> LayerArguments:

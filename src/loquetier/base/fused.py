@@ -22,6 +22,9 @@ from loquetier.kernels.attention import MaskRule
 from loquetier.kernels.decode import reads_written_tokens_only
 from loquetier.kernels.rowops import RowKernels
 
+_ANGLE_BLOCK = 1024
+"""Positions by which the tables of angles grow: a position's angles depend on nothing else (`base.support`)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Norm:
@@ -77,6 +80,7 @@ class FusedStack:
         self._ops, self._embedding, self._rotary = ops, embedding, rotary
         self.layers, self.last_norm = layers, last_norm
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self._cosines = self._sines = torch.empty(0, head_dim)
 
     def embed(self, ids_M: Tensor) -> Tensor:
         """``[M] -> [M, D]``, memory of its own."""
@@ -84,9 +88,13 @@ class FusedStack:
         return out
 
     def angles(self, hidden_MD: Tensor, positions_M: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of the rows' positions, ``[M, head_dim]`` each."""
-        cos_1MD, sin_1MD = self._rotary(hidden_MD[None], position_ids=positions_M[None])
-        return cos_1MD[0].contiguous(), sin_1MD[0].contiguous()
+        """cos and sin of the rows' positions, ``[M, head_dim]`` each: rows of tables that the model's own code made."""
+        most = int(positions_M.max())
+        if most >= len(self._cosines) or self._cosines.dtype != hidden_MD.dtype:
+            count = -(-(most + 1) // _ANGLE_BLOCK) * _ANGLE_BLOCK
+            cos_1PD, sin_1PD = self._rotary(hidden_MD[None], position_ids=torch.arange(count)[None])
+            self._cosines, self._sines = cos_1PD[0].contiguous(), sin_1PD[0].contiguous()
+        return self._cosines.index_select(0, positions_M), self._sines.index_select(0, positions_M)
 
     def __call__(self, ids_M: Tensor, positions_M: Tensor, step: StepContext) -> Tensor:
         """Final hidden states ``[M, D]`` after the last norm. No autograd."""

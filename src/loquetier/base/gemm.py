@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loquetier.base.hardware import detect_hardware
-from loquetier.kernels.gemm import NO_KERNEL, GemmKernel, PackedWeight, pack_weights, packed_bytes
+from loquetier.kernels.gemm import ANY_ROWS, NO_KERNEL, GemmKernel, PackedWeight, pack_weights, packed_bytes
 from loquetier.kernels.select import Kernels
 
 log = logging.getLogger("loquetier.base")
@@ -31,6 +31,18 @@ class BaseGemm:
     def __init__(self, weight_NK: Tensor, bias_N: Tensor | None) -> None:
         self.weight_NK, self.bias_N = weight_NK, bias_N
         self.packed: PackedWeight | None = None
+
+    def drop_original(self) -> int:
+        """Keep the packed copy alone, for any number of rows; returns the bytes given up. No backward from here on.
+
+        What is left of the weight has its shape and no numbers: whoever still computes with it fails.
+        """
+        if self.packed is None or self.weight_NK.is_meta:
+            return 0
+        self.packed.max_rows = ANY_ROWS
+        num_bytes = self.weight_NK.nbytes
+        self.weight_NK = self.weight_NK.detach().to("meta")
+        return num_bytes
 
     def __call__(self, x: Tensor) -> Tensor:
         """The base's output. Differentiable in x (torch's own way) where gradients are on and x asks for them."""

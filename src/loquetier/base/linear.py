@@ -52,6 +52,14 @@ class LinearGroup:
         bias_N = None if self.bias_N is None else self.bias_N[m.start : m.stop]
         return Site(m.module, self.weight_NK[m.start : m.stop], bias_N, len(self.members) == 1)
 
+    def drop_original(self) -> int:
+        """See `BaseGemm.drop_original`; the linears' own weights are views of the same memory and go too."""
+        freed = self.gemm.drop_original()
+        if freed:
+            self.weight_NK = self.gemm.weight_NK
+            self.sites = tuple((self._site(m), m.start, m.stop) for m in self.adapted)
+        return freed
+
     def member_output(self, x: Tensor, member: int) -> Tensor:
         """Columns of this member for input `x`; the GEMM runs when the first member asks with a new tensor."""
         if len(self.members) == 1:

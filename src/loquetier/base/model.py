@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 from collections.abc import Callable
 from functools import cached_property
 from types import SimpleNamespace
@@ -28,6 +29,8 @@ from loquetier.base.surgery import cut_layers, limit_row_modules, swap_linears
 from loquetier.kernels.native_stack import NativeStack
 from loquetier.kernels.rowops import RowOps
 from loquetier.kernels.select import Kernels, process_kernels
+
+log = logging.getLogger("loquetier.base")
 
 T = TypeVar("T")
 
@@ -94,7 +97,8 @@ class Base:
         if library is None or not self.packed_bytes:  # float32 keeps one path: trained and served rows agree to the bit
             return
         self.fused = fused_stack(self.loaded.model, self._stack, self._layers, RowOps(library), self._during)
-        if self.fused and kernels.native("smlm_forward") and kernels.native("decode_attention"):
+        needed = ("smlm_forward", "decode_attention", "prefill_attention")
+        if self.fused and all(kernels.native(kernel) for kernel in needed):
             self.decode_stack = DecodeStack(self.fused, NativeStack(library))
 
     def _gemms(self) -> list[BaseGemm]:
@@ -102,6 +106,22 @@ class Base:
         modules = [*self._stack.modules(), *self._head.children()]
         groups = {id(m.group): m.group.gemm for m in modules if isinstance(m, VirtualLinear)}
         return [*groups.values(), *(m.gemm for m in modules if isinstance(m, FrozenLinear))]
+
+    def drop_originals(self) -> int:
+        """Drop the weights that a packed copy stands for: nothing can be trained from here on. Returns the bytes.
+
+        A weight that is the embedding too stays. Nothing is dropped where nothing is packed.
+        """
+        _ = self.fingerprint  # made of the first numbers of every weight
+        freed = 0
+        for linear in self._stack.modules():
+            if isinstance(linear, VirtualLinear) and linear.group.gemm.packed is not None:
+                freed += linear.group.drop_original()
+                linear.weight = nn.Parameter(linear.weight.detach().to("meta"), requires_grad=False)
+        if freed:
+            self._weights = {index: weight.to("meta") for index, weight in self._weights.items()}
+            log.info("original weights dropped, %d MiB: this engine only serves", freed >> 20)
+        return freed
 
     def weight(self, module: int) -> Tensor:
         """The weight ``[out, in]`` of the linear with this index, in the base's dtype. Never to be written."""

@@ -92,7 +92,7 @@ class Engine:
     def __init__(self, base: Base, config: EngineConfig) -> None:
         assert config.kv_memory is not None and config.adapter_memory is not None, "resolve() the config first"
         self.base, self.config = base, config
-        self.replay_refusal = replay_refusal(base)
+        self.replay_refusal = None if config.serve_only else replay_refusal(base)
         """Why the replay tape cannot run this base; None when it can."""
         if self.replay_refusal is not None and config.tape == "replay":
             raise self.replay_refusal
@@ -105,10 +105,9 @@ class Engine:
             )
         process_kernels(base.device.type)  # may compile: at the start of an engine, not inside its first step
         self.cache = base.new_cache(num_pages, config.page_size)
-        # On a CPU adapters stay in float32 beside a bfloat16 base, as PEFT keeps them: torch's small bf16 GEMMs cost
-        # ten times its float32 ones there, and what is served is then to the bit what was trained.
-        adapter_dtype = torch.float32 if base.device.type == "cpu" else base.dtype
-        self.arena = Arena(config.adapter_memory, adapter_dtype, base.device, base.weight)
+        if config.serve_only:
+            base.drop_originals()
+        self.arena = Arena(config.adapter_memory, _adapter_dtype(base, config), base.device, base.weight)
         self._smlm_plans = SmlmPlans()
         self.registry = AdapterRegistry(base.name, self.arena.free, config.keep_versions)
         self.arena.reclaim = self.registry.drop_oldest_kept
@@ -121,9 +120,10 @@ class Engine:
             log.info("no prefix cache on %s: its attention has a sliding window of %d tokens", base.name, window)
         self.serving = Serving(base, self.scheduler, self.registry, self.max_context, head_module, may_share)
         self.trainer = Trainer(base, self.arena, head_module)
-        self.adapters = AdapterShelf(self.arena, self.registry)
+        self.adapters = AdapterShelf(self.arena, self.registry, lora_only=config.serve_only)
         self.admission = Admission(self.trainer, self.registry, memory_model(base, config, self.arena.itemsize))
         self.jobs = Jobs(self.trainer, self.registry, self.admission, fail_points(os.environ))
+        self.jobs.serve_only = config.serve_only
         self.admission.tell = self.jobs.tell
         self.totals = Totals()
 
@@ -243,6 +243,14 @@ class Engine:
         if not self.trainer.evaluations and users != expected:
             raise IntegrityError(f"{users} users of adapter versions, {expected} requests and jobs on adapters")
         self.admission.check_integrity()
+
+
+def _adapter_dtype(base: Base, config: EngineConfig) -> torch.dtype:
+    """What `resolve` chose; for a config that was not resolved, "auto" as `resolve` has it."""
+    if config.adapter_dtype == "auto":
+        return torch.float32 if base.device.type == "cpu" else base.dtype
+    dtype: torch.dtype = getattr(torch, config.adapter_dtype)
+    return dtype
 
 
 def _most_useful_pages(config: EngineConfig, max_context: int) -> int:

@@ -20,7 +20,14 @@ from loquetier.config import TrainingConfig
 from loquetier.engine.admission import Admission, Ticket
 from loquetier.engine.rows import TrainItem
 from loquetier.engine.trainer import JobListener, Trainer
-from loquetier.errors import ConfigError, EngineError, JobStateError, LoquetierError, OutOfAdapterMemoryError
+from loquetier.errors import (
+    ConfigError,
+    EngineError,
+    JobStateError,
+    LoquetierError,
+    OutOfAdapterMemoryError,
+    ServeOnlyError,
+)
 from loquetier.failpoints import FailPoint, no_fail_point
 from loquetier.training import holds
 from loquetier.training.data import Example, check_examples
@@ -57,6 +64,8 @@ class Jobs:
     """Of the base's chat template and tokenizer, under which every job here trains; set by who has the tokenizer."""
     _ids: count[int] = field(default_factory=lambda: count(1))
     _listeners: dict[int, JobListener] = field(default_factory=dict)
+    serve_only: bool = False
+    """The base's original weights are gone: no job can run."""
     _unpublished: set[int] = field(default_factory=set)
     """Jobs whose newest weights found no room to be published."""
     _waiting: dict[int, FinetuneJob] = field(default_factory=dict)
@@ -326,6 +335,11 @@ class Jobs:
         self._release()
 
     def _check_trainable(self, name: str) -> None:
+        if self.serve_only:
+            raise ServeOnlyError(
+                f"{name!r} cannot be trained: this engine was started with serve_only (--serve-only), which dropped "
+                "the weights that a backward needs; start it without"
+            )
         check_name(name)
         if name == self.trainer.base.name:
             raise ConfigError(f"{name!r} is the base's name; choose another for the adapter")

@@ -11,6 +11,7 @@ Three promises shape the code:
   a hash of (seed, number of tokens generated so far), so preemption and batch order cannot move it.
 - *One bad row is one failed row.* It is reported in `SampledTokens.failed`; the others are as without it.
 
+On a CPU the C kernels of `kernels.native_sample` do the passes over the vocabulary; the torch code is their reference.
 Features that no row uses cost nothing; an all-greedy batch is one max over the logits. The only copy from the
 device is one small tensor at the end.
 """
@@ -20,6 +21,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -29,6 +31,8 @@ from torch import Tensor
 
 from loquetier.config import SamplingParams
 from loquetier.errors import ConfigError, EngineError
+from loquetier.kernels.native_sample import DrawArguments, NativeSample
+from loquetier.kernels.select import process_kernels
 from loquetier.kernels.softmax import probabilities
 
 MIN_LOGPROB = -9999.0
@@ -150,16 +154,28 @@ def sample(logits_NV: Tensor, states: Sequence[SamplerState], num_generated: Seq
     if not states:
         return SampledTokens([], [], [], [])
     edited_NV = _edit(logits_NV, states, num_generated)
-    best_N, ids_N = edited_NV.max(dim=-1)
+    native = _native()
+    if native is not None and not native.takes(edited_NV):
+        native = None
+    best_N, ids_N = edited_NV.max(dim=-1) if native is None else native.argmax(edited_NV)
     ok_N = torch.isfinite(best_N)
     if edited_NV is not logits_NV:  # an edit may cover a NaN, and the row is broken all the same
         ok_N &= torch.isfinite(logits_NV.amax(dim=-1))
     rows = [i for i, s in enumerate(states) if not s.is_greedy]
     if rows:
         u_M = uniforms([states[i].seed for i in rows], [num_generated[i] for i in rows])
-        drawn_M = _draw_rows(edited_NV, best_N, ok_N, rows, [states[i].params for i in rows], u_M)
+        params = [states[i].params for i in rows]
+        if native is None:
+            drawn_M = _draw_rows(edited_NV, best_N, ok_N, rows, params, u_M)
+        else:
+            drawn_M = native.draw(edited_NV, best_N, [_draw_of(*d) for d in zip(rows, params, u_M, strict=True)])
         ids_N = ids_N.index_copy(0, _index(rows, ids_N), drawn_M)
-    return _to_host(logits_NV, ids_N, ok_N, [s.params.logprobs for s in states])
+    wanted = [s.params.logprobs for s in states]
+    if native is not None and all(k is None for k in wanted):  # on the host already: nothing to gather
+        ok = ok_N.tolist()
+        ids = [token if good else -1 for token, good in zip(ids_N.tolist(), ok, strict=True)]
+        return SampledTokens(ids, [None] * len(ids), [None] * len(ids), [not good for good in ok])
+    return _to_host(logits_NV, ids_N, ok_N, wanted)
 
 
 def prompt_logprobs(logits_LV: Tensor, next_tokens: Sequence[int], k: int) -> list[dict[int, float]]:
@@ -180,6 +196,16 @@ def prompt_logprobs(logits_LV: Tensor, next_tokens: Sequence[int], k: int) -> li
     chosen_L = torch.tensor(list(next_tokens), dtype=torch.int64, device=logits_LV.device)
     table = _logprob_table(logits_LV, range(len(next_tokens)), chosen_L, k).tolist()
     return [{token: row[0]} | _top_dict(row, k, k) for token, row in zip(next_tokens, table, strict=True)]
+
+
+@cache
+def _native() -> NativeSample | None:
+    library = process_kernels().native("sample")
+    return NativeSample(library) if library else None
+
+
+def _draw_of(row: int, p: SamplingParams, uniform: float) -> DrawArguments:
+    return DrawArguments(row, p.top_k, p.temperature, p.min_p, p.top_p, uniform)
 
 
 # --- randomness -------------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ class _Draft:
     @property
     def prefill_rows_left(self) -> int:
         """PREFILL rows that the step still takes."""
-        used = sum(chunk.length for chunk in self.prefill.values())
+        used = sum(chunk.length for chunk in self.prefill.values()) if self.prefill else 0
         return min(self.max_prefill_rows - used, self.max_rows - used - len(self.decode))
 
     def add_chunk(self, seq: Sequence, length: int) -> None:
@@ -294,10 +294,10 @@ class Scheduler:
 
     def _continue_prefills(self, draft: _Draft) -> None:
         for seq in tuple(self._running):
-            if draft.prefill_rows_left == 0:
-                return
             if seq.status is not SequenceStatus.RUNNING or seq.num_left < 2:
                 continue
+            if draft.prefill_rows_left == 0:
+                return
             # With no room even after preempting all later ones it keeps what is computed and waits: whoever
             # comes earlier may still take its pages, and it is first one day.
             if self._make_room(seq, draft):

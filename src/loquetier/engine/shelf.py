@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from loquetier.adapters.arena import Arena
+from loquetier.adapters.methods import LORA_METHOD, slot_method
 from loquetier.adapters.orientation import PeftTensors, from_peft, to_peft
 from loquetier.adapters.registry import AdapterRegistry, AdapterVersion
 from loquetier.adapters.spec import LORA, AdapterSpec, ModulePlan
-from loquetier.errors import ConfigError
+from loquetier.errors import ConfigError, ServeOnlyError
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,8 @@ class AdapterShelf:
 
     arena: Arena
     registry: AdapterRegistry
+    lora_only: bool = False
+    """Other methods compute with the base's weights, which are gone in a process that only serves."""
 
     def load(
         self,
@@ -36,8 +39,14 @@ class AdapterShelf:
         With `replace`, an adapter of that name gets a new version instead of being in the way.
 
         Raises:
-            AdapterExistsError, ConfigError, OutOfAdapterMemoryError: nothing changed.
+            AdapterExistsError, ConfigError, OutOfAdapterMemoryError, ServeOnlyError: nothing changed.
         """
+        method = slot_method(modules)
+        if self.lora_only and method is not LORA_METHOD:
+            raise ServeOnlyError(
+                f"{name!r} is a {method.name} adapter, which computes with the base's original weights, and serve_only "
+                "dropped them: start without serve_only (--serve-only)"
+            )
         if not (replace and name in self.registry.names):
             self.registry.check_free(name)
         slot = self.arena.allocate(modules)

@@ -11,24 +11,28 @@ from torch import Tensor
 
 from loquetier.kernels import attention
 from loquetier.kernels.attention import MaskRule
-from loquetier.kernels.native_attention import NativeDecode
+from loquetier.kernels.native_attention import NativeDecode, NativePrefill
 from loquetier.kernels.select import process_kernels
 
 if TYPE_CHECKING:  # imports triton, which a CPU installation does not have
     from loquetier.kernels.triton_attention import TritonAttention
-
-FEW_ROWS = 8
-"""Up to here the rows of a prefill chunk run as decode rows of one sequence, in place.
-
-Measured with 100, 500 and 2000 tokens before them (2 AVX512 cores with AMX, bfloat16): 2.8 to 1.0 times as fast as
-gathering the pages for torch's SDPA, which wins from some ten rows on.
-"""
 
 
 @cache
 def _native() -> NativeDecode | None:
     library = process_kernels("cpu").native("decode_attention")
     return NativeDecode(library) if library else None
+
+
+@cache
+def _native_prefill() -> NativePrefill | None:
+    library = process_kernels("cpu").native("prefill_attention")
+    return NativePrefill(library) if library else None
+
+
+def _native_prefill_for(q_LHD: Tensor, k_cache: Tensor) -> NativePrefill | None:
+    native = _native_prefill() if q_LHD.is_cpu else None
+    return native if native is not None and native.takes(q_LHD, k_cache) else None
 
 
 @cache
@@ -52,8 +56,13 @@ def reads_written_tokens_only(q_HLD: Tensor, k_cache: Tensor) -> bool:
 
 def prompts_read_pages(q_HLD: Tensor, k_cache: Tensor, rule: MaskRule) -> bool:
     """Whether a prompt without a past runs over its pages too, because torch has no fast kernel for this rule."""
-    masked = rule.window is not None or rule.softcap is not None
-    return masked and reads_written_tokens_only(q_HLD, k_cache)
+    if rule.window is None and rule.softcap is None:
+        return False
+    q_LHD = q_HLD.transpose(0, 1)
+    # Float32 keeps one path: trained and served rows agree to the bit there.
+    return _triton_for(q_LHD, k_cache) is not None or (
+        q_HLD.dtype == torch.bfloat16 and _native_prefill_for(q_LHD, k_cache) is not None
+    )
 
 
 def decode_attention(
@@ -107,10 +116,8 @@ def chunk_attention(
     triton = _triton_for(q_LHD, k_cache)
     if triton is not None:
         return triton.chunk(q_LHD, k_cache, v_cache, pages_B, past, scale, rule).transpose(0, 1)
-    native, num_rows = _native() if q_HLD.is_cpu else None, q_HLD.shape[1]
-    if native is not None and num_rows <= FEW_ROWS and native.takes(q_LHD, k_cache):
-        positions_L = torch.arange(past, past + num_rows)
-        pages_LB = pages_B.expand(num_rows, -1)
-        return native(q_LHD, k_cache, v_cache, pages_LB, positions_L, scale, rule).transpose(0, 1)
+    native = _native_prefill_for(q_LHD, k_cache)
+    if native is not None:
+        return native(q_LHD, k_cache, v_cache, pages_B, past, scale, rule).transpose(0, 1)
     k_PKD, v_PKD = read()
     return attention.span_attention(q_HLD, k_PKD.transpose(0, 1), v_PKD.transpose(0, 1), scale, rule)

@@ -29,6 +29,7 @@ from loquetier.kernels.native import NativeLibrary
 
 FEW_ROWS = 8
 """Without AMX: at 16 rows the sums of a block of columns no longer hide behind the reading of the weights."""
+ANY_ROWS = 1 << 62
 NO_KERNEL, AVX512_BF16, AMX = 0, 1, 2
 _HUGE_PAGE = 2 << 20
 _ALIGNMENT = 64
@@ -46,7 +47,7 @@ class GemmKernel:
         best = c_int64()
         library.function("lq_gemm_level", c_void_p)(byref(best))
         self.level = best.value if level is None else min(level, best.value)
-        self.max_rows = FEW_ROWS if self.level == AVX512_BF16 else 1 << 62
+        self.max_rows = FEW_ROWS if self.level == AVX512_BF16 else ANY_ROWS
         """More rows than this are faster in torch."""
         self.packed_size = library.function("lq_gemm_packed_size", c_int64, c_int64, restype=c_int64)
         """Elements of a packed ``[N, K]`` weight."""

@@ -42,8 +42,9 @@ class NativeLibrary:
             raise BuildError(f"{path.name} was built from other sources than this package's: rebuild or remove it")
         pool = _torch_parallel_for()
         self.threads = "torch's pool" if pool else "one thread: this torch exports no torch_parallel_for"
-        self._lib.lq_init.argtypes = [ctypes.c_void_p, ctypes.c_int32]
-        found = self._lib.lq_init(pool, -1 if isa is None else ISA_NAMES.index(isa))
+        self._lib.lq_init.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32]
+        teams = "ATen parallel backend: OpenMP" in torch.__config__.parallel_info()
+        found = self._lib.lq_init(pool, -1 if isa is None else ISA_NAMES.index(isa), teams)
         if found < 0:
             raise BuildError(f"this machine has no {isa}")
         self.isa = ISA_NAMES[found]

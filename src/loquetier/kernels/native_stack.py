@@ -1,9 +1,12 @@
-"""The structures of ``csrc/stack.c`` and its two functions."""
+"""The structures of ``csrc/stack.c`` and its functions."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from ctypes import Structure, byref, c_double, c_int32, c_int64, c_void_p
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from loquetier.kernels.native import NativeLibrary
 
@@ -33,7 +36,26 @@ class DeltaArguments(Structure):
         ("count", c_int64),
         ("first", c_int64),
         ("width", c_int64),
+        ("k", c_int64),
     ]
+
+
+class PieceArguments(Structure):
+    """A share of an adapter's work, cut by `NativeStack.cut`."""
+
+    _fields_ = [
+        ("w", c_void_p),
+        *((name, c_int64) for name in (
+            "rank", "row", "rows", "s_at", "s_stride", "size", "column", "columns",
+        )),
+        ("scale", c_double),
+    ]  # fmt: skip
+
+
+class SpanArguments(Structure):
+    """Rows ``[start, start + rows)`` are tokens ``[past, past + rows)`` of the sequence on these pages."""
+
+    _fields_ = [("start", c_int64), ("rows", c_int64), ("past", c_int64), ("pages", c_void_p)]
 
 
 class StackArguments(Structure):
@@ -42,28 +64,52 @@ class StackArguments(Structure):
     _fields_ = [
         *((name, c_int64) for name in (
             "num_layers", "rows", "hidden", "heads", "kv_heads", "head_dim", "inner", "page_size", "pages_width",
-            "level", "num_deltas",
+            "level", "num_spans", "first_decode", "num_s",
         )),
         *((name, c_void_p) for name in (
-            "x", "y", "cosines", "sines", "cache_rows", "pages", "positions", "work", "last_norm",
+            "x", "y", "cosines", "sines", "cache_rows", "spans", "pages", "positions", "work", "last_norm",
         )),
         ("last_epsilon", c_double),
-        ("deltas", c_void_p),
+        ("pieces", c_void_p),
+        ("by_gemm", c_void_p),
+        ("w_dtype", c_int64),
     ]  # fmt: skip
 
 
+class Pieces(NamedTuple):
+    """Adapters of one layout of segments, cut into shares; addresses in it are good while the weights live."""
+
+    pieces: Any
+    by_gemm: Any
+    num_s: int
+    """Float32 numbers that C needs to keep S of one GEMM."""
+    dtype: torch.dtype
+    """Of the adapters' weights."""
+
+
 class NativeStack:
-    """Bfloat16 rows, packed weights, float32 adapters."""
+    """Bfloat16 rows, packed weights, adapters of either dtype."""
 
     def __init__(self, library: NativeLibrary) -> None:
         self._work = library.function("lq_stack_work", c_void_p, restype=c_int64)
         self._run = library.function("lq_decode_stack", c_void_p, c_void_p, restype=c_int32)
+        self._cut = library.function("lq_delta_pieces", c_void_p, *(c_int64,) * 3, *(c_void_p,) * 3)
 
-    def work_elements(self, arguments: StackArguments) -> int:
-        """Bfloat16 elements that `arguments.work` must point to."""
+    def cut(self, deltas: Sequence[DeltaArguments], num_gemms: int, dtype: torch.dtype) -> Pieces:
+        """Shares of these deltas (ascending by gemm), whose weights have `dtype`."""
+        array = (DeltaArguments * len(deltas))(*deltas)
+        by_gemm, sizes = (c_int64 * (3 * num_gemms))(), (c_int64 * 2)()
+        where = (array, len(deltas), num_gemms, dtype.itemsize)
+        self._cut(*where, None, by_gemm, sizes)
+        pieces = (PieceArguments * sizes[0])()
+        self._cut(*where, pieces, by_gemm, sizes)
+        return Pieces(pieces, by_gemm, sizes[1], dtype)
+
+    def work_bytes(self, arguments: StackArguments) -> int:
+        """Bytes that `arguments.work` must point to."""
         return int(self._work(byref(arguments)))
 
     def __call__(self, arguments: StackArguments, layers: Any) -> None:
         """Run. `layers` is an array of `LayerArguments`. Raises MemoryError."""
         if self._run(byref(arguments), layers):
-            raise MemoryError(f"no memory for a decode step of {arguments.rows} rows")
+            raise MemoryError(f"no memory for a step of {arguments.rows} rows")

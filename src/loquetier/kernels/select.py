@@ -27,7 +27,10 @@ CHECKS: Final = {**selfcheck_base.CHECKS, **selfcheck.CHECKS}
 VARIABLE: Final = "LOQUETIER_KERNELS"
 BACKENDS: Final = ("auto", "reference", "cpu", "triton")
 """Values that `VARIABLE` accepts."""
-KERNELS: Final = ("base_gemm", "row_ops", "smlm_forward", "smlm_backward", "decode_attention", "span_attention")
+KERNELS: Final = (
+    "base_gemm", "row_ops", "smlm_forward", "smlm_backward", "decode_attention", "prefill_attention", "span_attention",
+    "sample",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from loquetier.kernels import reference
-from loquetier.kernels.attention import MaskRule, decode_attention
+from loquetier.kernels.attention import MaskRule, decode_attention, span_attention
+from loquetier.kernels.gemm import GemmKernel
 from loquetier.kernels.native import NativeLibrary
-from loquetier.kernels.native_attention import NativeDecode
+from loquetier.kernels.native_attention import NativeDecode, NativePrefill
+from loquetier.kernels.native_sample import DrawArguments, NativeSample
 from loquetier.kernels.native_smlm import NativeSmlm, backward_rows, forward_rows
 from loquetier.kernels.reference import Factors, FactorTable, Segment
 
@@ -99,9 +101,59 @@ def check_decode_attention(library: NativeLibrary) -> str | None:
     return None
 
 
+def check_prefill_attention(library: NativeLibrary) -> str | None:
+    """Rows after a past, scattered pages; with and without window and softcap; with and without AMX."""
+    past, rows, page_size = 90, 37, 24
+    pages_B = torch.randperm(9, generator=torch.Generator().manual_seed(0))[:6]
+    for dtype in _TOLERANCE:
+        k, v, q_LHD = (_random(*shape, 20).to(dtype) for shape in ((9, page_size, 2), (9, page_size, 2), (rows, 6)))
+        seen = [c[pages_B].flatten(0, 1)[: past + rows].transpose(0, 1) for c in (k, v)]
+        for rule in (MaskRule(), MaskRule(window=30, softcap=1.5)):
+            expected = span_attention(q_LHD.transpose(0, 1), seen[0], seen[1], 0.3, rule).transpose(0, 1)
+            for level in range(GemmKernel(library).level + 1):
+                ours = NativePrefill(library, level)(q_LHD, k, v, pages_B, past, 0.3, rule)
+                if fault := difference("out", ours, expected, dtype):
+                    return fault
+    return None
+
+
+def check_sample(library: NativeLibrary) -> str | None:
+    """The largest logits, and draws under every option, on an odd vocabulary with ties."""
+    for dtype in _TOLERANCE:
+        logits_NV = (4 * _random(4, 1003)).to(torch.bfloat16).to(dtype)  # ties: few distinct values
+        sample = NativeSample(library)
+        best_N, ids_N = sample.argmax(logits_NV)
+        expected_N = (logits_NV == logits_NV.amax(dim=-1, keepdim=True)).int().argmax(dim=-1)
+        if not (torch.equal(ids_N, expected_N) and torch.equal(best_N, logits_NV.float().amax(dim=-1))):
+            return "the largest logit of a row is another one"
+        options = ((0, 0.0, 1.0), (7, 0.0, 1.0), (0, 0.0, 0.8), (30, 0.0, 0.6), (0, 0.02, 1.0), (9, 0.05, 0.9))
+        draws = [DrawArguments(i % 4, k, 0.5 + i / 4, m, p, (0.37 * i) % 1) for i, (k, m, p) in enumerate(options)]
+        ids = sample.draw(logits_NV, best_N, draws).tolist()
+        for draw, token in zip(draws, ids, strict=True):
+            if token != (expected := drawn(logits_NV[draw.row], draw)):
+                return f"drew token {token} instead of {expected} (top_k={draw.top_k}, top_p={draw.top_p})"
+    return None
+
+
+def drawn(logits_V: Tensor, draw: DrawArguments) -> int:
+    """What `NativeSample.draw` shall give for one row, in float64 and with a sort."""
+    mass_V = torch.softmax(logits_V.double() / draw.temperature, dim=-1)
+    mass_V[mass_V < draw.min_p * mass_V.max()] = 0
+    order_V = torch.argsort(logits_V.double(), descending=True, stable=True)  # ties by smaller id
+    sorted_V = mass_V[order_V]
+    if draw.top_k > 0:
+        sorted_V[draw.top_k :] = 0
+    if draw.top_p < 1:
+        sorted_V[sorted_V.cumsum(0) - sorted_V >= draw.top_p * sorted_V.sum()] = 0
+    cumulative_V = torch.zeros_like(mass_V).scatter_(0, order_V, sorted_V).cumsum(0)
+    return int(torch.searchsorted(cumulative_V, draw.uniform * cumulative_V[-1], right=True))
+
+
 CHECKS: Mapping[str, Check] = {
     "smlm_forward": check_smlm_forward,
     "smlm_backward": check_smlm_backward,
     "decode_attention": check_decode_attention,
+    "prefill_attention": check_prefill_attention,
+    "sample": check_sample,
 }
 """By kernel name (`select.KERNELS`); a kernel without an entry has no C version."""

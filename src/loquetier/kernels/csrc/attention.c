@@ -13,6 +13,7 @@ enum {
     CHUNK = 256,        /* tokens of one task */
     MOST_FLOATS = 8192, /* heads per kv head times padded head size */
     MOST_GROUPS = 64,   /* query heads per kv head */
+    FEW_SEQUENCES = 256, /* whose tables lie on the stack */
     SERIAL_TOKENS = 64, /* tokens times kv heads that are read faster than a second thread wakes up */
 };
 
@@ -123,7 +124,7 @@ static void write(const Attention *a, int64_t sequence, int64_t head, const floa
     }
 }
 
-static void attend_task(int64_t begin, int64_t end, void *context) {
+static void attend_tasks(int64_t begin, int64_t end, void *context) {
     const Attention *a = context;
     int64_t groups = a->heads / a->kv_heads;
     Work work;
@@ -185,31 +186,31 @@ LQ_EXPORT int32_t lq_decode_attention(const void *q, int64_t q_row, int64_t q_he
     if (groups > MOST_GROUPS || groups * ((dim + 15) / 16 * 16) > MOST_FLOATS) return 2;
     Attention a = {q, k, v, out, q_row, q_head, pages, positions, pages_width, num_sequences, heads, kv_heads, dim,
                    page_size, window, (float)scale, (float)softcap, dtype == LQ_BF16, NULL, NULL};
-    int64_t *first_task = malloc((size_t)(num_sequences + 1) * sizeof *first_task);
+    int64_t few[FEW_SEQUENCES + 1], *first_task = few;
+    if (num_sequences > FEW_SEQUENCES) first_task = lq_team_alloc((size_t)(num_sequences + 1) * sizeof *first_task);
     if (first_task == NULL) return 1;
     int64_t num_tasks = 0, tokens = 0, several = 0;
+    int writes = first_task == few || lq_member() == 0;
     for (int64_t n = 0; n < num_sequences; n++) {
         int64_t chunks = chunks_of(&a, n);
-        first_task[n] = num_tasks;
+        if (writes) first_task[n] = num_tasks;
         num_tasks += chunks * kv_heads;
         tokens += (positions[n] + 1 - first_visible(&a, n)) * kv_heads;
         several |= chunks > 1;
     }
-    first_task[num_sequences] = num_tasks;
+    if (writes) first_task[num_sequences] = num_tasks;
+    lq_barrier();
     a.first_task = first_task;
-    if (several) {
-        a.partial = malloc((size_t)(num_tasks * groups * (dim + 2)) * sizeof *a.partial);
-        if (a.partial == NULL) {
-            free(first_task);
-            return 1;
-        }
+    if (several) a.partial = lq_team_alloc((size_t)(num_tasks * groups * (dim + 2)) * sizeof *a.partial);
+    int32_t failed = several && a.partial == NULL;
+    if (!failed) {
+        if (tokens <= SERIAL_TOKENS)
+            lq_parallel_for(num_tasks, num_tasks, attend_tasks, &a);
+        else
+            lq_parallel_tasks(num_tasks, attend_tasks, &a);
+        if (several) lq_parallel_for(num_sequences * kv_heads, 4, merge_task, &a);
     }
-    if (tokens <= SERIAL_TOKENS)
-        attend_task(0, num_tasks, &a);
-    else
-        lq_parallel_tasks(num_tasks, attend_task, &a);
-    if (several) lq_parallel_for(num_sequences * kv_heads, 4, merge_task, &a);
-    free(a.partial);
-    free(first_task);
-    return 0;
+    if (several) lq_team_free(a.partial);
+    if (first_task != few) lq_team_free(first_task);
+    return failed;
 }

@@ -138,6 +138,7 @@ LQ_TARGET_AMX static void configure(int64_t first_rows, int64_t second_rows) {
         config.bytes_per_row[tile] = 64;
         config.rows[tile] = (uint8_t)(tile >= 6 ? 16 : second ? second_rows : first_rows);
     }
+    __asm__ volatile("" : : "r"(&config) : "memory"); /* gcc's intrinsic says that it reads the first 8 bytes only */
     _tile_loadconfig(&config);
 }
 

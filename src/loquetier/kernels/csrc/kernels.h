@@ -12,6 +12,45 @@ void lq_swiglu(const void *gate, const void *up, void *y, int64_t rows, int64_t 
 int32_t lq_smlm_forward(const void *x, int64_t x_stride, void *y, int64_t y_stride, int64_t in, int64_t out,
                         const int64_t *table, const double *scales, int64_t num_segments, int32_t x_dtype,
                         int32_t w_dtype);
+
+/* One adapter-bearing linear: columns [first, first + width) of GEMM number `gemm`; x has k columns. */
+typedef struct {
+    int64_t gemm;
+    const int64_t *segments; /* the table of lq_smlm_forward */
+    const double *scales;
+    int64_t count, first, width, k;
+} LqDelta;
+
+/* A share of one half of a delta: some ranks of S, or some columns of y, of a block of rows of one segment. */
+typedef struct {
+    const void *w;
+    int64_t rank, row, rows, s_at, s_stride;
+    int64_t size, column, columns; /* of y: elements between rows of w; first column; number */
+    double scale;
+} LqPiece;
+
+/* Pieces of one GEMM: shrinks at pieces[first_shrink..first_expand), expands up to `end`. */
+typedef struct {
+    int64_t first_shrink, first_expand, end;
+} LqPieces;
+
+void lq_delta_shrink(const LqPiece *pieces, int64_t count, const uint16_t *x, int64_t x_stride, int64_t k, float *s,
+                     int32_t w_dtype);
+void lq_delta_expand(const LqPiece *pieces, int64_t count, const float *s, uint16_t *y, int64_t y_stride,
+                     int32_t w_dtype);
+
+/* Rows [start, start + rows) of a step are tokens [past, past + rows) of the sequence with these pages. */
+typedef struct {
+    int64_t start, rows, past;
+    const int64_t *pages;
+} LqSpan;
+
+int32_t lq_prefill_attention(const void *q, int64_t q_row, int64_t q_head, const void *k, const void *v, void *out,
+                             const LqSpan *spans, int64_t num_spans, int64_t heads, int64_t kv_heads, int64_t dim,
+                             int64_t page_size, int64_t window, double scale, double softcap, int32_t dtype,
+                             int32_t amx);
+void lq_rotary_cache(void *x, const void *cosines, const void *sines, int64_t rows, int64_t heads, int64_t kv_heads,
+                     int64_t dim, int64_t stride, const int64_t *cache_rows, void *keys, void *values, int32_t dtype);
 int32_t lq_decode_attention(const void *q, int64_t q_row, int64_t q_head, const void *k, const void *v, void *out,
                             const int64_t *pages, int64_t pages_width, const int64_t *positions,
                             int64_t num_sequences, int64_t heads, int64_t kv_heads, int64_t dim, int64_t page_size,

@@ -39,6 +39,17 @@ void lq_parallel_for(int64_t size, int64_t grain, lq_body body, void *context);
  * body is called with [i, i + 1). */
 void lq_parallel_tasks(int64_t size, lq_body body, void *context);
 
+/* run(context) once on every thread of the pool, as a team: in it the two functions above share their work among the
+ * members, who must all call them in the same order, and end with a barrier. Without a pool that can do this, run is
+ * called once. Whatever a member computes outside of those calls, each computes for itself. */
+void lq_together(void (*run)(void *), void *context);
+int64_t lq_member(void); /* 0 outside of a team */
+void lq_barrier(void);
+
+/* Memory that all members see; NULL for all of them when there is none. Freed after the last member has come. */
+void *lq_team_alloc(size_t bytes);
+void lq_team_free(void *memory);
+
 /* ---- dtypes: the codes that Python passes ---- */
 enum { LQ_F32 = 0, LQ_BF16 = 1 };
 

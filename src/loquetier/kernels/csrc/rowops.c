@@ -83,3 +83,32 @@ LQ_EXPORT void lq_swiglu(const void *gate, const void *up, void *y, int64_t rows
     Swiglu swiglu = {gate, up, y, inner, stride, dtype == LQ_BF16};
     lq_parallel_for(rows, grain(inner), LQ_PICK(swiglu_rows), &swiglu);
 }
+
+typedef struct {
+    Rotary rotary;
+    int64_t q, kv; /* elements of the queries and of K in a row */
+    const int64_t *cache_rows;
+    char *keys, *values;
+} RotaryCache;
+
+static void rotary_cache_rows(int64_t begin, int64_t end, void *context) {
+    RotaryCache *c = context;
+    size_t size = c->rotary.bf16 ? 2 : 4, bytes = (size_t)c->kv * size;
+    LQ_PICK(rotary_rows)(begin, end, &c->rotary);
+    for (int64_t row = begin; row < end; row++) {
+        const char *k = (const char *)c->rotary.x + (size_t)(row * c->rotary.stride + c->q) * size;
+        memcpy(c->keys + (size_t)c->cache_rows[row] * bytes, k, bytes);
+        memcpy(c->values + (size_t)c->cache_rows[row] * bytes, k + bytes, bytes);
+    }
+}
+
+/* lq_rotary on the query and key heads of rows [queries | keys | values], and K and V to their places in the cache.
+ *   cache_rows   [rows], page * page_size + offset; no two the same
+ *   keys, values [.., kv_heads, dim], contiguous */
+LQ_EXPORT void lq_rotary_cache(void *x, const void *cosines, const void *sines, int64_t rows, int64_t heads,
+                               int64_t kv_heads, int64_t dim, int64_t stride, const int64_t *cache_rows, void *keys,
+                               void *values, int32_t dtype) {
+    RotaryCache c = {{x, cosines, sines, heads + kv_heads, dim, stride, dtype == LQ_BF16},
+                     heads * dim, kv_heads * dim, cache_rows, keys, values};
+    lq_parallel_for(rows, grain((heads + 2 * kv_heads) * dim), rotary_cache_rows, &c);
+}

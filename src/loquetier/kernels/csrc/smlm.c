@@ -193,3 +193,77 @@ LQ_EXPORT int32_t lq_smlm_backward(const void *x, int64_t x_stride, const void *
     free(segments);
     return 0;
 }
+
+/* ---- deltas of a stack ----
+ * The same sums in two halves over all adapters of a GEMM, cut finely enough for threads to end together: one row on one
+ * adapter is work for all of them. The cutting depends on the layout of rows only and is kept from step to step. */
+
+enum { PIECE_RANKS = 16, PIECE_COLUMNS = 256 };
+
+typedef struct {
+    const LqPiece *pieces;
+    const uint16_t *x;
+    uint16_t *y;
+    int64_t stride, k;
+    float *s;
+    int w_bf16;
+} Half;
+
+static void shrink_pieces(int64_t begin, int64_t end, void *context) {
+    const Half *h = context;
+    for (int64_t i = begin; i < end; i++) LQ_PICK(shrink_piece)(h->x, h->stride, h->k, h->pieces + i, h->s, h->w_bf16);
+}
+
+static void expand_pieces(int64_t begin, int64_t end, void *context) {
+    const Half *h = context;
+    for (int64_t i = begin; i < end; i++) LQ_PICK(expand_piece)(h->s, h->pieces + i, h->y, h->stride, h->w_bf16);
+}
+
+void lq_delta_shrink(const LqPiece *pieces, int64_t count, const uint16_t *x, int64_t x_stride, int64_t k, float *s,
+                     int32_t w_dtype) {
+    Half half = {pieces, x, NULL, x_stride, k, s, w_dtype == LQ_BF16};
+    lq_parallel_tasks(count, shrink_pieces, &half);
+}
+
+void lq_delta_expand(const LqPiece *pieces, int64_t count, const float *s, uint16_t *y, int64_t y_stride,
+                     int32_t w_dtype) {
+    Half half = {pieces, NULL, y, y_stride, 0, (float *)s, w_dtype == LQ_BF16};
+    lq_parallel_tasks(count, expand_pieces, &half);
+}
+
+/* Cut the deltas (ascending by gemm) of `num_gemms` GEMMs into pieces.
+ *   pieces, by_gemm  filled; pieces may be NULL to count them only
+ *   sizes            [0] number of pieces, [1] floats of S that one GEMM needs at most */
+LQ_EXPORT void lq_delta_pieces(const LqDelta *deltas, int64_t num_deltas, int64_t num_gemms, int64_t w_size,
+                               LqPiece *pieces, LqPieces *by_gemm, int64_t *sizes) {
+    const LqDelta *end = deltas + num_deltas;
+    int64_t at = 0, most_s = 0;
+    for (int64_t gemm = 0; gemm < num_gemms; gemm++) {
+        const LqDelta *first = deltas;
+        by_gemm[gemm].first_shrink = at;
+        for (int half = 0; half < 2; half++) {
+            int64_t s_at = 0;
+            if (half == 1) by_gemm[gemm].first_expand = at;
+            for (deltas = first; deltas < end && deltas->gemm == gemm; deltas++)
+                for (int64_t i = 0; i < deltas->count; i++) {
+                    const int64_t *row = deltas->segments + i * ROW_LENGTH;
+                    int64_t rank = row[4], start = row[5], stop = row[6];
+                    int64_t step = half ? PIECE_COLUMNS : PIECE_RANKS, size = half ? deltas->width : rank;
+                    for (int64_t t = start; t < stop; t += BLOCK_ROWS)
+                        for (int64_t c = 0; c < size; c += step) {
+                            int64_t left = size - c < step ? size - c : step;
+                            int64_t rows = stop - t < BLOCK_ROWS ? stop - t : BLOCK_ROWS, s = s_at + (t - start) * rank;
+                            const char *w = (const char *)(intptr_t)row[half] + c * (half ? 1 : deltas->k) * w_size;
+                            LqPiece piece = {w, half ? rank : left, t, rows, half ? s : s + c, rank,
+                                             deltas->width, deltas->first + c, left, deltas->scales[i]};
+                            if (pieces != NULL) pieces[at] = piece;
+                            at++;
+                        }
+                    s_at += (stop - start) * rank;
+                }
+            if (s_at > most_s) most_s = s_at;
+        }
+        by_gemm[gemm].end = at;
+    }
+    sizes[0] = at, sizes[1] = most_s;
+}

@@ -6,6 +6,8 @@
 
 #define load LQ_NAME(lq_load)
 #define store LQ_NAME(lq_store)
+#define ELEMENT(array, at, bf16) ((const char *)(array) + (at) * ((bf16) ? 2 : 4))
+#define OUTPUT(array, at, bf16) ((char *)(array) + (at) * ((bf16) ? 2 : 4))
 
 /* s[t][r] = scale * sum_k x[t][k] * w[r][k] for `rows` x `ranks` of them, all in registers. */
 LQ_INLINE void LQ_NAME(shrink_tile)(const void *x, int64_t x_stride, int x_bf16, const void *w, int w_bf16,
@@ -19,6 +21,8 @@ LQ_INLINE void LQ_NAME(shrink_tile)(const void *x, int64_t x_stride, int x_bf16,
         for (int t = 0; t < rows; t++) values[t] = load(x, t * x_stride + k, x_bf16);
         for (int r = 0; r < ranks; r++) {
             vf weight = load(w, r * size + k, w_bf16);
+            /* The next ranks' lines: rows of w are too short for the processor to notice that it is a stream. */
+            __builtin_prefetch(ELEMENT(w, (r + ranks) * size + k, w_bf16));
             for (int t = 0; t < rows; t++) sum[t][r] += values[t] * weight;
         }
     }
@@ -33,17 +37,14 @@ LQ_INLINE void LQ_NAME(shrink_tile)(const void *x, int64_t x_stride, int x_bf16,
         for (int r = 0; r < ranks; r++) s[t * s_stride + r] = scale * LQ_NAME(lq_sum)(sum[t][r]);
 }
 
-#define ELEMENT(array, at, bf16) ((const char *)(array) + (at) * ((bf16) ? 2 : 4))
-#define OUTPUT(array, at, bf16) ((char *)(array) + (at) * ((bf16) ? 2 : 4))
-
-/* S[T, R] (stride R) = scale * x[T, size] @ w[R, size]^T */
+/* S[T, R] (stride s_stride) = scale * x[T, size] @ w[R, size]^T */
 LQ_INLINE void LQ_NAME(shrink)(const void *x, int64_t x_stride, int x_bf16, const void *w, int w_bf16, int64_t size,
-                               int64_t rank, float scale, float *s, int64_t rows) {
+                               int64_t rank, float scale, float *s, int64_t s_stride, int64_t rows) {
     int64_t t = 0;
 #define RANKS(tile_rows, tile_ranks)                                                                              \
     for (; r + tile_ranks <= rank; r += tile_ranks)                                                               \
         LQ_NAME(shrink_tile)(ELEMENT(x, t * x_stride, x_bf16), x_stride, x_bf16, ELEMENT(w, r * size, w_bf16),    \
-                             w_bf16, size, scale, s + t * rank + r, rank, tile_rows, tile_ranks)
+                             w_bf16, size, scale, s + t * s_stride + r, s_stride, tile_rows, tile_ranks)
     for (; t + LQ_ROWS <= rows; t += LQ_ROWS) {
         int64_t r = 0;
         RANKS(LQ_ROWS, 4);
@@ -67,6 +68,7 @@ LQ_INLINE void LQ_NAME(expand_tile)(const float *s, int64_t rank, const void *w,
     for (int64_t r = 0; r < rank; r++) {
         for (int v = 0; v < vectors; v++) {
             vf weight = load(w, r * size + v * LQ_WIDTH, w_bf16);
+            if (rows == 1) __builtin_prefetch(ELEMENT(w, (r + 4) * size + v * LQ_WIDTH, w_bf16));
             for (int t = 0; t < rows; t++) sum[t][v] += s[t * rank + r] * weight;
         }
     }
@@ -85,30 +87,30 @@ LQ_CALLED void LQ_NAME(expand_tail)(const float *s, int64_t rank, const void *w,
     LQ_NAME(lq_store_part)(y, 0, count, LQ_NAME(lq_load_part)(y, 0, count, y_bf16) + sum, y_bf16);
 }
 
-/* y[T, size] += S[T, R] @ w[R, size] */
-LQ_INLINE void LQ_NAME(expand)(const float *s, int64_t rank, const void *w, int w_bf16, int64_t size, void *y,
-                               int64_t y_stride, int y_bf16, int64_t rows) {
+/* y[T, columns] += S[T, R] @ w[R, columns], rows of w being `size` apart */
+LQ_INLINE void LQ_NAME(expand)(const float *s, int64_t rank, const void *w, int w_bf16, int64_t size, int64_t columns,
+                               void *y, int64_t y_stride, int y_bf16, int64_t rows) {
     int64_t t = 0;
 #define STRIPS(tile_rows, vectors)                                                                                \
-    for (; n + vectors * LQ_WIDTH <= size; n += vectors * LQ_WIDTH)                                               \
+    for (; n + vectors * LQ_WIDTH <= columns; n += vectors * LQ_WIDTH)                                               \
         LQ_NAME(expand_tile)(s + t * rank, rank, ELEMENT(w, n, w_bf16), w_bf16, size,                             \
                              OUTPUT(y, t * y_stride + n, y_bf16), y_stride, y_bf16, tile_rows, vectors)
     for (; t + LQ_ROWS <= rows; t += LQ_ROWS) {
         int64_t n = 0;
         STRIPS(LQ_ROWS, 4);
         STRIPS(LQ_ROWS, 1);
-        for (int64_t i = t; n < size && i < t + LQ_ROWS; i++)
+        for (int64_t i = t; n < columns && i < t + LQ_ROWS; i++)
             LQ_NAME(expand_tail)(s + i * rank, rank, ELEMENT(w, n, w_bf16), w_bf16, size,
-                                 OUTPUT(y, i * y_stride + n, y_bf16), y_bf16, size - n);
+                                 OUTPUT(y, i * y_stride + n, y_bf16), y_bf16, columns - n);
     }
     for (; t < rows; t++) {
         int64_t n = 0;
         STRIPS(1, LQ_STRIP);
         STRIPS(1, 4);
         STRIPS(1, 1);
-        if (n < size)
+        if (n < columns)
             LQ_NAME(expand_tail)(s + t * rank, rank, ELEMENT(w, n, w_bf16), w_bf16, size,
-                                 OUTPUT(y, t * y_stride + n, y_bf16), y_bf16, size - n);
+                                 OUTPUT(y, t * y_stride + n, y_bf16), y_bf16, columns - n);
     }
 #undef STRIPS
 }
@@ -162,12 +164,13 @@ LQ_INLINE void LQ_NAME(wgrad)(const float *s, int64_t rank, const void *x, int64
 #define SPECIALISED(x_bf16, w_bf16)                                                                               \
     LQ_TARGET static void LQ_NAME(shrink_##x_bf16##w_bf16)(const void *x, int64_t x_stride, const void *w,        \
                                                            int64_t size, int64_t rank, float scale, float *s,     \
-                                                           int64_t rows) {                                        \
-        LQ_NAME(shrink)(x, x_stride, x_bf16, w, w_bf16, size, rank, scale, s, rows);                              \
+                                                           int64_t s_stride, int64_t rows) {                      \
+        LQ_NAME(shrink)(x, x_stride, x_bf16, w, w_bf16, size, rank, scale, s, s_stride, rows);                    \
     }                                                                                                             \
     LQ_TARGET static void LQ_NAME(expand_##x_bf16##w_bf16)(const float *s, int64_t rank, const void *w,           \
-                                                           int64_t size, void *y, int64_t y_stride, int64_t rows) { \
-        LQ_NAME(expand)(s, rank, w, w_bf16, size, y, y_stride, x_bf16, rows);                                     \
+                                                           int64_t size, int64_t columns, void *y,                \
+                                                           int64_t y_stride, int64_t rows) {                      \
+        LQ_NAME(expand)(s, rank, w, w_bf16, size, columns, y, y_stride, x_bf16, rows);                            \
     }
 SPECIALISED(0, 0)
 SPECIALISED(1, 0)
@@ -176,21 +179,33 @@ SPECIALISED(1, 1)
 
 #define SELECTED(name) (a->w_bf16 ? LQ_NAME(name##_11) : a->x_bf16 ? LQ_NAME(name##_10) : LQ_NAME(name##_00))
 
+/* Halves of a stack's deltas: bfloat16 rows, weights of either dtype. */
+static void LQ_NAME(shrink_piece)(const uint16_t *x, int64_t x_stride, int64_t k, const LqPiece *p, float *s,
+                                  int w_bf16) {
+    (w_bf16 ? LQ_NAME(shrink_11) : LQ_NAME(shrink_10))(x + p->row * x_stride, x_stride, p->w, k, p->rank, (float)p->scale,
+                                                       s + p->s_at, p->s_stride, p->rows);
+}
+
+static void LQ_NAME(expand_piece)(const float *s, const LqPiece *p, uint16_t *y, int64_t y_stride, int w_bf16) {
+    (w_bf16 ? LQ_NAME(expand_11) : LQ_NAME(expand_10))(s + p->s_at, p->rank, p->w, p->size, p->columns,
+                                                       y + p->row * y_stride + p->column, y_stride, p->rows);
+}
+
 static const void *LQ_NAME(row)(const Call *a, const void *x, int64_t at) {
     return ELEMENT(x, at, a->x_bf16);
 }
 
 static void LQ_NAME(forward_block)(const Call *a, const Segment *g, int64_t start, int64_t rows, float *s) {
-    SELECTED(shrink)(LQ_NAME(row)(a, a->x, start * a->x_stride), a->x_stride, g->a, a->in, g->rank, g->scale, s, rows);
-    SELECTED(expand)(s, g->rank, g->b, a->out, OUTPUT(a->y, start * a->y_stride, a->x_bf16), a->y_stride, rows);
+    SELECTED(shrink)(LQ_NAME(row)(a, a->x, start * a->x_stride), a->x_stride, g->a, a->in, g->rank, g->scale, s, g->rank, rows);
+    SELECTED(expand)(s, g->rank, g->b, a->out, a->out, OUTPUT(a->y, start * a->y_stride, a->x_bf16), a->y_stride, rows);
 }
 
 /* Scaled S and dS of a block of rows, kept for wgrad; dx. Here y is dx. */
 static void LQ_NAME(backward_block)(const Call *a, const Segment *g, int64_t start, int64_t rows, float *s, float *ds) {
     const void *x = LQ_NAME(row)(a, a->x, start * a->x_stride), *dy = LQ_NAME(row)(a, a->dy, start * a->dy_stride);
-    SELECTED(shrink)(x, a->x_stride, g->a, a->in, g->rank, g->scale, s, rows);
-    SELECTED(shrink)(dy, a->dy_stride, g->b, a->out, g->rank, g->scale, ds, rows);
-    SELECTED(expand)(ds, g->rank, g->a, a->in, OUTPUT(a->y, start * a->y_stride, a->x_bf16), a->y_stride, rows);
+    SELECTED(shrink)(x, a->x_stride, g->a, a->in, g->rank, g->scale, s, g->rank, rows);
+    SELECTED(shrink)(dy, a->dy_stride, g->b, a->out, g->rank, g->scale, ds, g->rank, rows);
+    SELECTED(expand)(ds, g->rank, g->a, a->in, a->in, OUTPUT(a->y, start * a->y_stride, a->x_bf16), a->y_stride, rows);
 }
 
 LQ_TARGET static void LQ_NAME(wgrad_f32)(const float *s, int64_t rank, const void *x, int64_t stride, float *grad,
