@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from loquetier import __version__, cli_finetune, cli_serve, cli_validate
+from loquetier import __version__, cli_adapters, cli_finetune, cli_jobs, cli_serve, cli_validate
 from loquetier.errors import LoquetierError
 
 if TYPE_CHECKING:
@@ -139,6 +139,8 @@ def _stream(runtime: Runtime, prompt: str, chat: bool, model: str | None, params
 cli_finetune.register(app)
 cli_validate.register(app)
 cli_serve.register(app)
+cli_jobs.register(app)
+cli_adapters.register(app)
 
 
 @app.command()

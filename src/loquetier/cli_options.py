@@ -70,6 +70,15 @@ LORA: Mapping[str, Flag] = {
 }
 """One flag for every field of `LoraSpec`."""
 
+DEFAULT_URL = "http://127.0.0.1:8000"
+UrlOption = Annotated[str, typer.Option("--url", envvar="LOQUETIER_URL", help="Where the server listens.")]
+KeyOption = Annotated[
+    str | None,
+    typer.Option("--api-key", envvar="LOQUETIER_API_KEY", help="Better in the variable: others see command lines."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the server's answer as it is.")]
+"""What every command has that talks to a server."""
+
 Command = Callable[..., None]
 
 

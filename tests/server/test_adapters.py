@@ -14,6 +14,7 @@ import pytest
 from tests.server.fixtures import BASE, base_dir, make_adapter, runtime
 from tests.server.live import ENGINE, Live, error_of, serving, wait_until
 
+from loquetier.cli import main
 from loquetier.runtime import Runtime
 
 __all__ = ["base_dir", "runtime"]
@@ -234,3 +235,27 @@ def test_models_are_listed_base_first(live: Live, root: Path) -> None:
     assert one.id == "ft:HuggingFaceTB/SmolLM2-135M:org:x:abc123" and one.object == "model"
     card = live.http("GET", "/v1/models").json()["data"][0]
     assert card["parent"] is None and card["max_model_len"] == 256 and card["permission"] == []
+
+
+def test_the_command_line_is_a_client(live: Live, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*argv: str) -> tuple[int, list[str]]:
+        with pytest.raises(SystemExit) as caught:
+            main(["adapters", *argv, "--url", live.url])
+        assert isinstance(caught.value.code, int)
+        out, err = capsys.readouterr()
+        # The server logs to the same stdout here.
+        return caught.value.code, [line for line in (out + err).splitlines() if line.startswith(("fox", "error"))]
+
+    assert run("load", "fox", "one")[0] == 0
+    assert run("load", "fox", "two")[0] == 1
+    assert run("load", "fox", "two", "--replace")[0] == 0
+    code, lines = run("list")
+    versions = {line.split()[0]: line.split()[1] == "yes" for line in lines}
+    assert code == 0 and versions == {"fox@1": False, "fox@2": True}
+    second = say(live, "fox")
+    assert run("rollback", "fox") == (0, ["fox@1 answers as fox"]) and say(live, "fox") != second
+    assert run("promote", "fox", "2") == (0, ["fox@2 answers as fox"]) and say(live, "fox") == second
+    code, lines = run("rollback", "fox", "--to", "9")
+    assert code == 1 and lines[0].startswith("error [model_not_found]: version 9 of 'fox'")
+    assert run("unload", "fox")[0] == 0
+    assert run("unload", "fox") == (1, ["error [adapter_not_found]: The lora adapter 'fox' cannot be found."])

@@ -69,7 +69,7 @@ def write_adapter(
     """
     tensors = _named_tensors(spec, modules, factors)
     directory = Path(os.path.abspath(directory))
-    _check_place(directory, overwrite)
+    check_place(directory, overwrite)
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = directory.with_name(f".{directory.name}.tmp-{secrets.token_hex(8)}")
     temporary.mkdir()
@@ -83,7 +83,7 @@ def write_adapter(
         config = json.dumps(render_config(spec, modules, base_name), indent=2) + "\n"
         write_file(temporary / CONFIG_NAME, [config.encode("ascii")])
         fsync_directory(temporary)
-        _move_into_place(temporary, directory, overwrite)
+        move_into_place(temporary, directory, overwrite)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -125,7 +125,8 @@ def _encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Itera
         yield tensors[name].cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
-def _check_place(directory: Path, overwrite: bool) -> None:
+def check_place(directory: Path, overwrite: bool) -> None:
+    """Whether an adapter may be written there. Raises AdapterExistsError."""
     if not os.path.lexists(directory):
         return
     if not overwrite:
@@ -139,7 +140,8 @@ def _check_place(directory: Path, overwrite: bool) -> None:
         raise AdapterExistsError(f"{str(directory)!r} also holds {other!r}, which overwriting would delete")
 
 
-def _move_into_place(temporary: Path, directory: Path, overwrite: bool) -> None:
+def move_into_place(temporary: Path, directory: Path, overwrite: bool) -> None:
+    """Rename a complete, synced directory to where it belongs, durably."""
     old: Path | None = None
     if overwrite and os.path.lexists(directory):
         old = directory.with_name(f".{directory.name}.old-{secrets.token_hex(8)}")
