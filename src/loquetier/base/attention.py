@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from loquetier.base.replayed_attention import replayed_rows
 from loquetier.errors import EngineError, UnsupportedModelError
 from loquetier.kernels.attention import MaskRule, span_attention
 from loquetier.kernels.decode import chunk_attention, decode_attention, prompts_read_pages, reads_written_tokens_only
+from loquetier.kernels.varlen import packed_attention
 
 ATTENTION_NAME = "loquetier"
 """Value of ``config._attn_implementation`` on every base."""
@@ -77,20 +79,38 @@ def _train_rows(q: Tensor, k: Tensor, v: Tensor, scale: float, rule: MaskRule, s
         return []
     if num_train < step.num_rows and q.requires_grad:  # SDPA keeps its inputs: a view would keep the inference rows too
         q, k, v = (t[:, :num_train].clone() for t in (q, k, v))
-    parts = []
-    for a, b in (span for span in step.spans if span[1] <= num_train):
-        seen = step.cuts.seen_kv(a, b) if step.cuts is not None else None
-        k_KPD, v_KPD = (k[:, a:b], v[:, a:b]) if seen is None else seen
-        if seen is not None and rule.window is not None:
-            # What the first query's window hides is hidden from all of these rows.
-            first = max(0, k_KPD.shape[1] - (b - a) - rule.window + 1)
-            k_KPD, v_KPD = k_KPD[:, first:], v_KPD[:, first:]
-        parts.append(span_attention(q[:, a:b], k_KPD, v_KPD, scale, rule))
-    return parts
+    spans = [span for span in step.spans if span[1] <= num_train]
+    kv = [_seen(k, v, a, b, rule, step) for a, b in spans]
+    packed = packed_attention(q, rule) if len(spans) > 1 else None
+    if packed is not None:
+        lengths = [(b - a, own[0].shape[1]) for (a, b), own in zip(spans, kv, strict=True)]
+        fresh = all(rows == keys for rows, keys in lengths)
+        k, v = (k[:, :num_train], v[:, :num_train]) if fresh else _joined(kv)
+        return [packed(q[:, :num_train], k, v, lengths, scale, rule)]
+    return [span_attention(q[:, a:b], *own, scale, rule) for (a, b), own in zip(spans, kv, strict=True)]
+
+
+def _seen(k: Tensor, v: Tensor, a: int, b: int, rule: MaskRule, step: StepContext) -> tuple[Tensor, Tensor]:
+    """K and V that the TRAIN rows ``[a, b)`` of one example attend to."""
+    seen = step.cuts.seen_kv(a, b) if step.cuts is not None else None
+    if seen is None:
+        return k[:, a:b], v[:, a:b]
+    # What the first query's window hides is hidden from all of these rows.
+    first = 0 if rule.window is None else max(0, seen[0].shape[1] - (b - a) - rule.window + 1)
+    return seen[0][:, first:], seen[1][:, first:]
+
+
+def _joined(kv: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    return torch.cat([k for k, _ in kv], dim=1), torch.cat([v for _, v in kv], dim=1)
 
 
 def _eval_rows(q: Tensor, k: Tensor, v: Tensor, scale: float, rule: MaskRule, step: StepContext) -> list[Tensor]:
-    return [span_attention(q[:, a:b], k[:, a:b], v[:, a:b], scale, rule) for a, b in step.spans if a >= step.num_train]
+    spans = [span for span in step.spans if span[0] >= step.num_train]
+    packed = packed_attention(q, rule) if len(spans) > 1 else None
+    if packed is not None:
+        rows = slice(spans[0][0], spans[-1][1])
+        return [packed(q[:, rows], k[:, rows], v[:, rows], [(b - a, b - a) for a, b in spans], scale, rule)]
+    return [span_attention(q[:, a:b], k[:, a:b], v[:, a:b], scale, rule) for a, b in spans]
 
 
 def _write_cache(k: Tensor, v: Tensor, step: StepContext, layer: int) -> None:

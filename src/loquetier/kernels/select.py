@@ -15,7 +15,7 @@ from typing import Final
 import torch
 
 from loquetier.errors import ConfigError
-from loquetier.kernels import selfcheck, selfcheck_base, triton_load
+from loquetier.kernels import selfcheck, selfcheck_base, triton_load, varlen
 from loquetier.kernels.build import BuildError, built_library
 from loquetier.kernels.native import NativeLibrary
 
@@ -89,8 +89,19 @@ def _triton(environ: Mapping[str, str], wanted: str, device_type: str) -> Kernel
     checks = triton_load.checks()
     reason = triton_load.describe(device)
     choices = {k: _checked_triton(k, checks.get(k), device, reason, forced=wanted == "triton") for k in KERNELS}
+    choices["span_attention"] = _packed(device)
     log.info("Triton kernels on %s: %s", device_type, reason)
     return Kernels(choices)
+
+
+def _packed(device: torch.device) -> KernelChoice:
+    """Attention of train rows: torch's own kernel over all sequences at once, where it has one that agrees."""
+    fault = varlen.why_not(device)
+    if fault is None:
+        return KernelChoice("packed", f"torch {torch.__version__}, flash attention over packed sequences")
+    if device.type != "cpu":
+        log.warning("train rows attend a sequence at a time: %s", fault)
+    return KernelChoice("reference", f"plain torch: {fault}")
 
 
 def _checked_triton(
