@@ -50,7 +50,7 @@ TRITON_DIR := $(VENV)/triton
 TRITON_STAMP := $(TRITON_DIR)/.installed-$(shell cksum < tests/triton/requirements.txt | cut -d' ' -f1)
 test-triton: install $(TRITON_STAMP)
 	PYTHONPATH=$(TRITON_DIR) TRITON_INTERPRET=1 TRITON_CACHE_DIR=$(CURDIR)/.cache/triton \
-	  $(BIN)/python -m pytest -q tests/triton
+	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile tests/triton
 
 $(TRITON_STAMP): | install
 	rm -rf $(TRITON_DIR)

@@ -112,6 +112,10 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "decode odd heads": attention(3, 4, 6, 2, 20, MaskRule()),
     "rows llama": rows(64, HIDDEN, 32, 8, 128, torch.bfloat16),
     "rows smollm2": rows(16, 576, 9, 3, 64, torch.float32),
+    "smlm one row": smlm(1, (16,), HIDDEN, HIDDEN, torch.bfloat16, train=True),
+    "rows one": rows(1, HIDDEN, 32, 8, 128, torch.bfloat16),
+    "rows one head": rows(2, 64, 1, 1, 64, torch.bfloat16),
+    "chunk of one": attention(1, 4, 8, 2, 64, MaskRule(window=1), past=1),
     "smlm odd widths": smlm(64, (5,), 577, 83, torch.bfloat16, train=True),
 }
 """By what they stand for."""

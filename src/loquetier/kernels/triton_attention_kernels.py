@@ -17,7 +17,10 @@ def _softcapped(scores, softcap):
     return softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores / softcap) + 1.0))
 
 
-@triton.jit(do_not_specialize=["past", "num_rows", "window", "pages_stride"])
+@triton.jit(
+    do_not_specialize=["past", "num_rows", "window", "pages_stride"],
+    do_not_specialize_on_alignment=["pages", "positions"],  # cut out of one tensor of the step's integers
+)
 def paged_kernel(
     q, q_row_stride, q_head_stride, k_cache, v_cache, out, partial, stats, pages, pages_stride, positions,
     past, num_rows, scale, window, softcap,

@@ -56,9 +56,12 @@ def tile_rows(longest: int) -> int:
 
 
 def _splits(programs: int, blocks: int, enough: int = ENOUGH_PROGRAMS) -> int:
-    """How many ways to split a sum of `blocks` steps that `programs` programs would do: a power of two."""
-    wanted = next_power(-(-enough // max(1, programs)))
-    return max(1, min(wanted, MOST_SPLITS, next_power(blocks) // 2))
+    """How many ways to split a sum of `blocks` steps that `programs` programs would do.
+
+    One of three numbers: each is a kernel of its own, compiled when it is first needed, and programs vary by the step.
+    """
+    wanted = min(-(-enough // max(1, programs)), blocks)
+    return next((n for n in (MOST_SPLITS, 4) if wanted >= n), 1)
 
 
 def _warps(accumulators: int) -> int:

@@ -100,7 +100,7 @@ def gated_backward_kernel(
     tl.store(dup + row * dim + d, (above * value).to(dup.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["first_cached"])
+@triton.jit(do_not_specialize=["first_cached"], do_not_specialize_on_alignment=["cache_rows"])
 def rotary_kernel(
     x, x_stride, cosines, sines, k_cache, v_cache, cache_rows, first_cached, heads, kv_heads,
     DIM: tl.constexpr, HALF: tl.constexpr, WRITE: tl.constexpr,

@@ -7,7 +7,8 @@ sizes that do not change from step to step: it can be captured in a CUDA graph.
            gradients, hash of the module for dropout. Address 0: this slot does not adapt this module.
     tiles  int32 [tiles, TILE_WORDS]: slot row, first row, rows, dropout threshold, its scale bits. Slot -1: padding.
 
-Sums are float32; the order of a sum depends on sizes alone, never on timing: no atomics.
+Sums are float32; the order of a sum depends on sizes alone, never on timing: no atomics. What changes from step to step
+is not specialized on: Triton would compile again for 1 and for multiples of 16.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -46,7 +47,7 @@ def _kept(keys, module_hash, rows, cols, live, threshold):
     return half.to(tl.uint32).to(tl.int32, bitcast=True) >= threshold
 
 
-@triton.jit(do_not_specialize=["module"])
+@triton.jit(do_not_specialize=["module", "num_rows"], do_not_specialize_on_alignment=["keys"])
 def shrink_kernel(
     x, x_stride, planes, table, table_stride, module, tiles, keys, num_rows, dim,
     FACTOR: tl.constexpr, WEIGHTS: tl.constexpr, COMPUTE: tl.constexpr, DROP: tl.constexpr, ALIGNED: tl.constexpr,
@@ -93,7 +94,7 @@ def _summed(planes, rows, live, num_rows, q, scale, R: tl.constexpr, SPLIT: tl.c
     return total * scale
 
 
-@triton.jit(do_not_specialize=["module"])
+@triton.jit(do_not_specialize=["module", "num_rows"], do_not_specialize_on_alignment=["keys"])
 def expand_kernel(
     planes, y, y_stride, table, table_stride, module, tiles, keys, num_rows, dim,
     FACTOR: tl.constexpr, WEIGHTS: tl.constexpr, COMPUTE: tl.constexpr, DROP: tl.constexpr, ALIGNED: tl.constexpr,
@@ -135,7 +136,7 @@ def expand_kernel(
     tl.store(at, (tl.load(at, mask=mask, other=0.0).to(tl.float32) + acc).to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["module"])
+@triton.jit(do_not_specialize=["module", "num_rows"], do_not_specialize_on_alignment=["keys"])
 def wgrad_kernel(
     planes, x, x_stride, partial, table, table_stride, module, spans, keys, num_rows, dim,
     FACTOR: tl.constexpr, COMPUTE: tl.constexpr, DROP: tl.constexpr,
@@ -183,7 +184,7 @@ def wgrad_kernel(
         tl.store(at, tl.load(at, mask=mask, other=0.0) + acc, mask=mask)
 
 
-@triton.jit(do_not_specialize=["module"])
+@triton.jit(do_not_specialize=["module", "num_spans"])
 def wgrad_sum_kernel(
     partial, table, table_stride, module, spans, num_spans, dim,
     FACTOR: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
