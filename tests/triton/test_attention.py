@@ -1,16 +1,17 @@
-"""The paged attention kernel in the interpreter against the reference, which gathers pages and asks torch."""
+"""The paged attention kernel against the reference, which gathers pages and asks torch."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from tests.triton.device import DEVICE, FLOAT32
 from torch import Tensor
 
 from loquetier.kernels import attention, triton_plan
 from loquetier.kernels.attention import MaskRule
 from loquetier.kernels.triton_attention import TritonAttention
 
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+TOLERANCE = {torch.float32: FLOAT32, torch.bfloat16: 1e-2}
 """Outputs are averages of values of size one: float32 sums in another order; bfloat16 rounds weights and result."""
 RULES = {
     "plain": MaskRule(),
@@ -39,7 +40,7 @@ def paged(
             rows[:length] = torch.randn(length, kv_heads, dim, generator=g)
             cache[pages_B[:used]] = rows.view(used, page_size, kv_heads, dim).to(dtype)
         pages_B[used:] = 0
-    return k, v, pages_NB
+    return k.to(DEVICE), v.to(DEVICE), pages_NB.to(DEVICE)
 
 
 def read(cache: Tensor, pages_B: Tensor, length: int) -> Tensor:
@@ -57,8 +58,8 @@ def test_decode(shape: tuple[int, int, int], rule: MaskRule, dtype: torch.dtype)
     heads, kv_heads, dim = shape
     lengths = [1, 8, 30, 9]
     k, v, pages_NB = paged(lengths, kv_heads, dim, dtype)
-    q_NHD = torch.randn(len(lengths), heads, dim, generator=torch.Generator().manual_seed(2)).to(dtype)
-    ours = TritonAttention().decode(q_NHD, k, v, pages_NB, torch.tensor(lengths) - 1, 0.3, rule)
+    q_NHD = torch.randn(len(lengths), heads, dim, generator=torch.Generator().manual_seed(2)).to(DEVICE).to(dtype)
+    ours = TritonAttention().decode(q_NHD, k, v, pages_NB, torch.tensor(lengths, device=DEVICE) - 1, 0.3, rule)
     for i, n in enumerate(lengths):
         one = attention.span_attention(q_NHD[i][:, None], read(k, pages_NB[i], n), read(v, pages_NB[i], n), 0.3, rule)
         close(ours[i], one[:, 0], dtype)
@@ -70,7 +71,7 @@ def test_decode(shape: tuple[int, int, int], rule: MaskRule, dtype: torch.dtype)
 def test_chunk(past: int, rows: int, rule: MaskRule, dtype: torch.dtype) -> None:
     """A prompt's first rows and rows with a past, GQA; queries in the layout that the model gives: heads first."""
     k, v, pages_NB = paged([past + rows], 2, 20, dtype)
-    q_HLD = torch.randn(6, rows, 20, generator=torch.Generator().manual_seed(2)).to(dtype)
+    q_HLD = torch.randn(6, rows, 20, generator=torch.Generator().manual_seed(2)).to(DEVICE).to(dtype)
     ours = TritonAttention().chunk(q_HLD.transpose(0, 1), k, v, pages_NB[0], past, 0.3, rule)
     k_KPD, v_KPD = (read(c, pages_NB[0], past + rows) for c in (k, v))
     close(ours.transpose(0, 1), attention.span_attention(q_HLD, k_KPD, v_KPD, 0.3, rule), dtype)
@@ -83,8 +84,8 @@ def test_few_sequences_are_split_and_merged(rule: MaskRule) -> None:
     k, v, pages_NB = paged(lengths, 1, 16, torch.float32, page_size=16)
     plan = triton_plan.attention_plan(2, 1, 2, 16, pages_NB.shape[1] * 16, decode=True, wide=True)
     assert plan.split > 1
-    q_NHD = torch.randn(2, 2, 16, generator=torch.Generator().manual_seed(2))
-    ours = TritonAttention().decode(q_NHD, k, v, pages_NB, torch.tensor(lengths) - 1, 0.3, rule)
+    q_NHD = torch.randn(2, 2, 16, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    ours = TritonAttention().decode(q_NHD, k, v, pages_NB, torch.tensor(lengths, device=DEVICE) - 1, 0.3, rule)
     for i, n in enumerate(lengths):
         one = attention.span_attention(q_NHD[i][:, None], read(k, pages_NB[i], n), read(v, pages_NB[i], n), 0.3, rule)
         close(ours[i], one[:, 0], torch.float32)

@@ -1,9 +1,10 @@
-"""Norms, rotary with the KV write and gated activations in the interpreter against Hugging Face's own code."""
+"""Norms, rotary with the KV write and gated activations against Hugging Face's own code."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from tests.triton.device import DEVICE, FLOAT32
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
@@ -12,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from loquetier.kernels import triton_rows
 from loquetier.kernels.triton_rows import GELU_TANH, SILU, TritonRowOps
 
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2}
+TOLERANCE = {torch.float32: FLOAT32, torch.bfloat16: 1.6e-2}
 """A few float32 roundings; two bfloat16 ones of 2**-7 each, since the interpreter cuts off where a GPU rounds."""
 TYPES = list(TOLERANCE)
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # numpy, at large gates
@@ -20,7 +21,7 @@ NORMS = {"llama": (LlamaRMSNorm, False), "gemma": (Gemma2RMSNorm, True)}
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 def close(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
@@ -32,7 +33,7 @@ def close(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("rows", "dim"), [(1, 8), (5, 45), (3, 600), (0, 8)])
 def test_norm_forward_and_backward(rows: int, dim: int, name: str, dtype: torch.dtype) -> None:
     module_type, one_plus = NORMS[name]
-    module = module_type(dim, eps=1e-5).to(dtype)
+    module = module_type(dim, eps=1e-5).to(DEVICE, dtype)
     module.weight.data.copy_(1 + 0.3 * random(dim))
     wide = random(rows, dim + 7, dtype=dtype)
     x = wide[:, 3 : 3 + dim]  # rows with gaps between them
@@ -47,7 +48,7 @@ def test_norm_forward_and_backward(rows: int, dim: int, name: str, dtype: torch.
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_norm_with_residual_and_of_heads(dtype: torch.dtype) -> None:
-    ops, norm = TritonRowOps(), LlamaRMSNorm(45, eps=1e-5).to(dtype)
+    ops, norm = TritonRowOps(), LlamaRMSNorm(45, eps=1e-5).to(DEVICE, dtype)
     norm.weight.data.copy_(1 + 0.3 * random(45))
     x, delta = random(4, 45, dtype=dtype), random(4, 45, dtype=dtype, seed=1)
     total, y = x + delta, torch.empty_like(x)
@@ -55,7 +56,7 @@ def test_norm_with_residual_and_of_heads(dtype: torch.dtype) -> None:
     close(x, total, dtype)
     close(y, norm(total).detach(), dtype)
     heads = random(3, 7 * 12, dtype=dtype)
-    before, small = heads.clone(), LlamaRMSNorm(12, eps=1e-5).to(dtype)
+    before, small = heads.clone(), LlamaRMSNorm(12, eps=1e-5).to(DEVICE, dtype)
     ops.head_norm(heads, 24, 3, small.weight.data, 1e-5)
     close(heads[:, 24:60], small(before[:, 24:60].view(3, 3, 12)).detach().view(3, 36), dtype)
     assert torch.equal(heads[:, :24], before[:, :24]) and torch.equal(heads[:, 60:], before[:, 60:])
@@ -69,7 +70,7 @@ def test_norm_with_residual_and_of_heads(dtype: torch.dtype) -> None:
 def test_gated(rows: int, dim: int, activation: int, theirs: object, dtype: torch.dtype) -> None:
     wide = 3 * random(rows, 2 * dim, dtype=dtype)
     gate, up = wide[:, :dim], wide[:, dim:]
-    y = torch.empty(rows, dim, dtype=dtype)
+    y = torch.empty(rows, dim, dtype=dtype, device=DEVICE)
     triton_rows.gated(gate, up, y, activation)
     assert callable(theirs)
     exact_gate, exact_up = gate.double().requires_grad_(), up.double().requires_grad_()
@@ -93,8 +94,8 @@ def test_rotary_and_kv_write(cached: int, heads: int, kv_heads: int, dim: int, d
     )
     theirs_q, theirs_k = (t[0].transpose(0, 1).clone() for t in apply_rotary_pos_emb(q, k, cos[None], sin[None]))
     theirs_v = v[0].transpose(0, 1).clone()
-    caches = [torch.full((3, 4, kv_heads, dim), 7.0, dtype=dtype) for _ in range(2)]
-    at = torch.tensor([9, 4, 6, 0, 11])[5 - cached :]
+    caches = [torch.full((3, 4, kv_heads, dim), 7.0, dtype=dtype, device=DEVICE) for _ in range(2)]
+    at = torch.tensor([9, 4, 6, 0, 11], device=DEVICE)[5 - cached :]
     written = TritonRowOps().rotary_and_write(qkv, cos, sin, heads, kv_heads, (*caches, at) if cached else None)
     assert written == bool(cached)
     ours_q, ours_k, ours_v = (
@@ -106,5 +107,5 @@ def test_rotary_and_kv_write(cached: int, heads: int, kv_heads: int, dim: int, d
     for cache, own in zip(caches, (ours_k, ours_v), strict=True):
         flat = cache.flatten(0, 1)
         assert torch.equal(flat[at], own[5 - cached :])
-        others = torch.ones(12, dtype=torch.bool).index_fill(0, at, False)
+        others = torch.ones(12, dtype=torch.bool, device=DEVICE).index_fill(0, at, False)
         assert (flat[others] == 7).all()

@@ -1,4 +1,4 @@
-"""SMLM's Triton kernels in the interpreter against the reference: odd shapes, mixed ranks, both types, both ways."""
+"""SMLM's Triton kernels against the reference: odd shapes, mixed ranks, both types, both ways."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from tests.triton.device import DEVICE, FLOAT32
 from torch import Tensor
 
 from loquetier.kernels import reference
@@ -16,7 +17,7 @@ from loquetier.kernels.triton_smlm import TritonSmlm
 
 MODULE = 2
 """The module under test; the tables hold module 4 too, which must never be read or written."""
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+TOLERANCE = {torch.float32: FLOAT32, torch.bfloat16: 1e-2}
 """Of the largest value: float32 sums of some hundred products in another order; bfloat16 rounds S and y."""
 TYPES = list(TOLERANCE)
 
@@ -42,6 +43,10 @@ def make(
 ) -> Case:
     """Segment i has ``lengths[i]`` rows on ``slots[i]`` (or i) after `gap` base rows; rank None: no weights here."""
     g = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g).to(DEVICE)
+
     segments, at = [], 0
     for i, length in enumerate(lengths):
         at += gap
@@ -49,13 +54,11 @@ def make(
         at += length
     table: dict[int, dict[int, Factors]] = {}
     for slot, rank in enumerate(ranks):
-        table[slot] = {4: Factors(torch.randn(2, k, generator=g), torch.randn(2, n, generator=g), 100.0)}
+        table[slot] = {4: Factors(random(2, k), random(2, n), 100.0)}
         if rank is not None:
-            table[slot][MODULE] = Factors(
-                torch.randn(rank, k, generator=g), torch.randn(rank, n, generator=g), 0.5 + slot
-            )
+            table[slot][MODULE] = Factors(random(rank, k), random(rank, n), 0.5 + slot)
     rows = at + 3  # base rows at the end too
-    return Case(torch.randn(rows, k, generator=g), torch.randn(rows, n, generator=g), tuple(segments), table)
+    return Case(random(rows, k), random(rows, n), tuple(segments), table)
 
 
 CASES = {
@@ -65,6 +68,7 @@ CASES = {
     "empty segments, base rows": make([0, 3, 0, 2, 0], [4, 2, 1, 3, 8], gap=2),
     "slot in three segments": make([2, 3, 1, 4], [4, 20], slots=[0, 1, 0, 0], gap=1),
     "long segments": make([70, 33], [8, 5]),
+    "rows in parts": make([300], [4], k=20, n=18),
     "one column in, one out": make([4, 5], [2, 9], k=1, n=1),
     "more ranks than a block": make([4, 40], [100, 3], k=20, n=18),
     "wide enough to be split": make([2, 3], [4, 8], k=530, n=150),
@@ -79,12 +83,17 @@ def cast(case: Case, dtype: torch.dtype) -> Case:
     return Case(case.x_TK.to(dtype), case.y_TN.to(dtype), case.segments, table)
 
 
+def upstream(case: Case) -> Tensor:
+    return torch.randn(case.y_TN.shape, generator=torch.Generator().manual_seed(9)).to(DEVICE)
+
+
 def gradients_of(case: Case) -> FactorTable:
     """Buffers that start at 1: what is there already stays."""
-    return {
-        slot: {m: Factors(torch.ones(f.a_RK.shape), torch.ones(f.b_RN.shape), f.scale) for m, f in modules.items()}
-        for slot, modules in case.table.items()
-    }
+
+    def ones(f: Factors) -> Factors:
+        return Factors(torch.ones(f.a_RK.shape, device=DEVICE), torch.ones(f.b_RN.shape, device=DEVICE), f.scale)
+
+    return {slot: {m: ones(f) for m, f in modules.items()} for slot, modules in case.table.items()}
 
 
 def close(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
@@ -115,7 +124,7 @@ def test_forward(case: Case, dtype: torch.dtype, planned: bool) -> None:
     reference.smlm_forward(case.x_TK, theirs_TN, MODULE, case.segments, case.table)
     TritonSmlm().forward(case.x_TK, ours_TN, MODULE, case.segments, case.table, plan_of(planned))
     close(ours_TN, theirs_TN, dtype)
-    untouched = torch.ones(len(ours_TN), dtype=torch.bool)
+    untouched = torch.ones(len(ours_TN), dtype=torch.bool, device=DEVICE)
     for s in case.segments:
         untouched[s.start : s.stop] = MODULE not in case.table[s.slot]
     assert torch.equal(ours_TN[untouched], case.y_TN[untouched])
@@ -126,7 +135,7 @@ def test_forward(case: Case, dtype: torch.dtype, planned: bool) -> None:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_backward(case: Case, dtype: torch.dtype, planned: bool) -> None:
     case = cast(case, dtype)
-    dy_TN = torch.randn(case.y_TN.shape, generator=torch.Generator().manual_seed(9)).to(dtype)
+    dy_TN = upstream(case).to(dtype)
     ours, theirs, ours_TK, theirs_TK = gradients_of(case), gradients_of(case), case.x_TK.clone(), case.x_TK.clone()
     reference.smlm_backward(case.x_TK, dy_TN, theirs_TK, MODULE, case.segments, case.table, theirs)
     TritonSmlm().backward(case.x_TK, dy_TN, ours_TK, MODULE, case.segments, case.table, ours, plan_of(planned))
@@ -139,8 +148,8 @@ def test_dropout_has_the_masks_of_the_reference(planned: bool) -> None:
     """Slot 0 drops half of its two train segments, slot 1 a tenth; slot 0's last segment is not in training."""
     case = make([5, 7, 6, 4], [4, 20], slots=[0, 1, 0, 0], gap=1)
     num_train = case.segments[2].stop
-    dropout = DropoutRows({0: 0.5, 1: 0.1}, torch.from_numpy(row_keys(1, 2, 3, num_train)))
-    kept_TK = torch.ones(case.x_TK.shape, dtype=torch.bool)
+    dropout = DropoutRows({0: 0.5, 1: 0.1}, torch.from_numpy(row_keys(1, 2, 3, num_train)).to(DEVICE))
+    kept_TK = torch.ones(case.x_TK.shape, dtype=torch.bool, device=DEVICE)
     scaled = {slot: dict(modules) for slot, modules in case.table.items()}
     for s in case.segments[:3]:
         dropped = dropped_TK(dropout.keys_T, MODULE, case.x_TK.shape[1], dropout.rates[s.slot])
@@ -154,7 +163,7 @@ def test_dropout_has_the_masks_of_the_reference(planned: bool) -> None:
     reference.smlm_forward(case.x_TK, theirs_TN, MODULE, case.segments[3:], case.table)
     TritonSmlm().forward(case.x_TK, ours_TN, MODULE, case.segments, case.table, plan, dropout)
     close(ours_TN, theirs_TN, torch.float32)
-    dy_TN = torch.randn(case.y_TN.shape, generator=torch.Generator().manual_seed(9))
+    dy_TN = upstream(case)
     ours, theirs, ours_TK, delta_TK = gradients_of(case), gradients_of(case), case.x_TK.clone(), case.x_TK * 0
     reference.smlm_backward(case.x_TK * kept_TK, dy_TN, delta_TK, MODULE, train, scaled, theirs)
     TritonSmlm().backward(case.x_TK, dy_TN, ours_TK, MODULE, train, case.table, ours, plan, dropout)
@@ -178,10 +187,10 @@ def test_a_launch_is_the_same_to_the_bit_every_time_and_alone() -> None:
 def test_rows_may_be_column_slices() -> None:
     """As for q|k|v: the columns beside y keep their bits."""
     case = CASES["mixed ranks"]
-    wide_TW = torch.randn(len(case.x_TK), 40)
+    wide_TW = torch.randn(len(case.x_TK), 40, device=DEVICE)
     before = wide_TW.clone()
     expected_TN = wide_TW[:, 5:34].clone()
-    x_TK = torch.randn(37, len(case.x_TK)).T  # elements of a row far apart
+    x_TK = torch.randn(37, len(case.x_TK), device=DEVICE).T  # elements of a row far apart
     reference.smlm_forward(x_TK, expected_TN, MODULE, case.segments, case.table)
     TritonSmlm().forward(x_TK, wide_TW[:, 5:34], MODULE, case.segments, case.table)
     close(wide_TW[:, 5:34], expected_TN, torch.float32)
@@ -192,21 +201,21 @@ def test_plans_share_one_table_which_grows_and_forgets() -> None:
     """100 slots one after the other, two at a time in the arena: rows of the table are used again."""
     g = torch.Generator().manual_seed(0)
     plans, table = SmlmPlans(), {}
-    x_TK = torch.randn(4, 8, generator=g)
+    x_TK = torch.randn(4, 8, generator=g).to(DEVICE)
     for slot in range(100):
-        table[slot] = {slot % 3: Factors(torch.randn(2, 8, generator=g), torch.randn(2, 8, generator=g), 1.0)}
+        table[slot] = {slot % 3: Factors(*torch.randn(2, 2, 8, generator=g).to(DEVICE), 1.0)}
         table.pop(slot - 2, None)
         segments = tuple(Segment(s, i, i + 1) for i, s in enumerate(table))
         module = slot % 3  # the newest slot's, and not the other's
-        ours_TN, theirs_TN = torch.zeros(4, 8), torch.zeros(4, 8)
+        ours_TN, theirs_TN = torch.zeros(4, 8, device=DEVICE), torch.zeros(4, 8, device=DEVICE)
         reference.smlm_forward(x_TK, theirs_TN, module, segments, table)
         TritonSmlm().forward(x_TK, ours_TN, module, segments, table, plans.of(segments))
         close(ours_TN, theirs_TN, torch.float32)
-    held = {s: {0: Factors(torch.ones(1, 8), torch.ones(1, 8), float(s))} for s in range(200, 300)}
+    held = {s: {0: Factors(*torch.ones(2, 1, 8, device=DEVICE), float(s))} for s in range(200, 300)}
     segments = tuple(Segment(s, 0, 1) for s in (200, 299))
-    y_TN = torch.zeros(4, 8)
+    y_TN = torch.zeros(4, 8, device=DEVICE)
     first = plans.of(tuple(Segment(s, 0, 1) for s in held))  # all at once: the table grows
-    TritonSmlm().forward(x_TK, torch.zeros(4, 8), 0, tuple(Segment(s, 0, 1) for s in held), held, first)
+    TritonSmlm().forward(x_TK, torch.zeros(4, 8, device=DEVICE), 0, tuple(Segment(s, 0, 1) for s in held), held, first)
     TritonSmlm().forward(x_TK, y_TN, 0, segments[1:], held, plans.of(segments[1:]))
     close(y_TN[0], 299 * x_TK[0].sum().expand(8), torch.float32)
     assert first.slot_table(x_TK.device).generation > 0

@@ -6,6 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loquetier.kernels import triton_plan as plans
+from loquetier.kernels.reference import Segment
+from loquetier.kernels.triton_layout import span_rounds, tile_table
+from loquetier.kernels.triton_tables import KEEP_ALL
 
 sizes = st.integers(1, 20000)
 
@@ -52,3 +55,27 @@ def test_attention_sizes(rows: int, kv_heads: int, groups: int, dim: int, keys: 
     for size in (own.block_m, own.block_n, own.block_d):
         assert is_power(size) and size >= plans.SMALLEST_DOT
     assert own.block_d >= dim and is_power(own.split) and own.split <= plans.MOST_SPLITS
+
+
+@given(
+    parts=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 90)), min_size=1, max_size=8),
+    block=st.sampled_from([16, 64]),
+)
+def test_tiles_cover_each_row_once_and_rounds_have_a_slot_once(parts: list[tuple[int, int]], block: int) -> None:
+    """Two spans of one slot in a launch would add to the same gradients at the same time: no interpreter shows that."""
+    segments, at = [], 0
+    for slot, length in parts:
+        segments.append(Segment(slot, at, at + length))
+        at += length + 1  # a base row between
+    row_of, rates = {slot: 10 + slot for slot in range(4)}, [0.5 if s.slot == 1 else 0.0 for s in segments]
+    wanted = {(10 + slot, row) for slot, start, stop in segments for row in range(start, stop)}
+    tiles = tile_table(segments, row_of, rates, block)
+    covered = [(int(t[0]), row) for t in tiles for row in range(t[1], t[1] + t[2])]
+    assert len(covered) == len(wanted) and set(covered) == wanted
+    assert all(0 < t[2] <= block for t in tiles)
+    assert all((t[3] == KEEP_ALL) == (t[0] != 11) for t in tiles)
+    rounds = span_rounds(segments, row_of, rates)
+    for spans in rounds:
+        assert len({int(t[0]) for t in spans}) == len(spans)
+    spans = [tuple(map(int, t[:3])) for r in rounds for t in r]
+    assert sorted(spans) == sorted((10 + slot, start, stop - start) for slot, start, stop in segments)
