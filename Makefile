@@ -11,10 +11,10 @@ PIP_INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 # The stamp carries a checksum of what decides the installation: same files, nothing to do.
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: help install demo serve test test-kernels test-triton sanitize wheel crash check fix bench learning
+.PHONY: help install demo serve test test-kernels test-triton sanitize wheel crash check fix bench bench-peers learning
 
 help:
-	@echo "make install | demo | serve | test | test-triton | sanitize | wheel | crash | check | fix | bench | learning"
+	@echo "make install | demo | serve | test | test-triton | sanitize | wheel | crash | check | fix | bench | bench-peers | learning"
 
 install: $(STAMP)
 
@@ -85,6 +85,10 @@ fix: install
 
 bench: install
 	$(BIN)/loquetier bench
+
+# Against PEFT and vLLM's CPU build, each in an environment of its own (5 GB), servers too; docs/benchmarking.md.
+bench-peers: install
+	$(BIN)/loquetier bench peers --make-envs
 
 # DATA: GSM8K's training file in JSON lines. About 15 minutes on one core; docs/learning.md shows the result.
 DATA ?= gsm8k_train.jsonl

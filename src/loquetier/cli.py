@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from loquetier import __version__, cli_adapters, cli_finetune, cli_jobs, cli_serve, cli_validate
+from loquetier import __version__, cli_adapters, cli_bench, cli_finetune, cli_jobs, cli_serve, cli_validate
 from loquetier.errors import LoquetierError
 
 if TYPE_CHECKING:
@@ -141,6 +141,7 @@ cli_validate.register(app)
 cli_serve.register(app)
 cli_jobs.register(app)
 cli_adapters.register(app)
+cli_bench.register(app)
 
 
 @app.command()
@@ -149,17 +150,3 @@ def doctor() -> None:
     from loquetier.doctor import print_report
 
     print_report()
-
-
-@app.command()
-def bench(
-    base: Annotated[str, typer.Option(help="Preset, local directory, GGUF file or hub id.")] = "smollm2-135m",
-    dtype: DTypeOption = "auto",
-    rounds: Annotated[int, typer.Option(min=1, help="Counted rounds; one warm-up round comes first.")] = 5,
-    peer: Annotated[bool, typer.Option(help="Also measure PEFT, in turn with us (needs the dev extra).")] = True,
-    output: Annotated[Path, typer.Option(help="Where the result goes.")] = Path("bench-output/core.json"),
-) -> None:
-    """Serve, train, and do both, against PEFT on the same work; medians and ratios, kept as JSON."""
-    from loquetier.bench.view import bench_command
-
-    bench_command(base, dtype=dtype, rounds=rounds, with_peer=peer, output=output)

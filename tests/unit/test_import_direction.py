@@ -33,6 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "cli",
         "cli_adapters",
+        "cli_bench",
         "cli_client",
         "cli_finetune",
         "cli_jobs",

@@ -1,60 +1,110 @@
-"""What `loquetier bench` shows: progress, then a table of rates and ratios."""
+"""What `loquetier bench` shows: a progress bar, then a table; and where it puts the result."""
 
 from __future__ import annotations
 
+import signal
+import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from loquetier.bench.run import run, save
+from loquetier.bench.peers.client import check_client
+from loquetier.bench.peers.envs import PeerEnvironments
+from loquetier.bench.peers.measure import measure
+from loquetier.bench.peers.plan import Plan
+from loquetier.bench.plot import check_matplotlib, plot
+from loquetier.bench.summary import COLUMNS, OURS
+
+WIDE = 170
+"""Characters of the table where the output is no terminal."""
 
 
-def bench_command(base: str, *, dtype: str, rounds: int, with_peer: bool, output: Path) -> None:
-    """Measure, show, save."""
+def bench_command(
+    plan: Plan, *, rounds: int, output: Path, envs: PeerEnvironments | None, make_envs: bool, resume: bool
+) -> None:
+    """Measure, show, save; a picture lies beside the result."""
     console = Console()
-    with console.status("measuring") as status:
+    signal.signal(signal.SIGTERM, _leave)  # else the sides' processes would outlive us
+    check_matplotlib()
+    if plan.servers:
+        check_client()
+    if envs is not None:
+        if make_envs:
+            envs.make(plan.peers, console.print)
+        for peer in plan.peers:
+            envs.python(peer)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console) as bar:
+        shown = bar.add_task("loading", total=None)
 
-        def tell(line: str) -> None:
-            status.update(line)
+        def tell(what: str, done: int, total: int) -> None:
+            bar.update(shown, description=what, completed=done, total=total)
             if not console.is_terminal:
-                console.print(line)
+                console.print(f"{done}/{total} {what}")
 
-        result = run(base, dtype=dtype, rounds=rounds, with_peer=with_peer, tell=tell)
-    console.print(table(result))
-    save(result, output)
-    console.print(f"saved {output}")
+        result = measure(plan, rounds=rounds, output=output, envs=envs, resume=resume, tell=tell)
+    console.print(table(result), width=None if console.is_terminal else WIDE)
+    picture = output.with_suffix(".png")
+    plot(result, picture)
+    console.print(f"saved {output} and {picture}")
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    del frame
+    sys.exit(128 + number)
 
 
 def table(result: dict[str, Any]) -> Table:
-    """One row per kind of work; PEFT's columns only when it was measured."""
-    s, w, machine = result["summary"], result["workload"], result["machine"]
+    """One line per row; in brackets how many times better we are than that column."""
+    m = result["machine"]
+    present = [c for c in COLUMNS if any(c in row["columns"] for row in result["rows"])]
     shown = Table(
-        title=f"{result['base']} {result['dtype']}, {machine['cpu']}, {machine['threads']} threads, medians of "
+        title=f"{result['plan']['base']} {result['dtype']}, {m['cpu']}, {m['threads']} threads, medians of "
         f"{result['rounds']} rounds",
-        caption=f"{w['num_requests']} requests x {w['new_tokens']} tokens, {w['num_adapters']} adapters r={w['rank']}; "
-        f"{w['num_examples']} training examples, {w['train_tokens']} tokens without padding",
+        caption="in brackets: how many times better Loquetier is; best possible: by measured bandwidth and GEMM rate",
     )
-    for column in ("work", "loquetier", "PEFT", "ratio"):
-        shown.add_column(column, justify="left" if column == "work" else "right")
-    for label, ours, peer, ratio, unit in _rows():
-        if ours not in s:
-            continue
-        shown.add_row(
-            label,
-            f"{s[ours]:.1f} {unit}",
-            f"{s[peer]:.1f} {unit}" if peer in s else "-",
-            f"{s[ratio]:.2f}x" if ratio in s else "-",
-        )
-    shown.add_row("LoRA tax (against base-only requests)", f"{100 * s['lora_tax']:.0f} %", "-", "-")
+    for column in ("", *present, "best possible", "target"):
+        shown.add_column(column, justify="left" if not column else "right")
+    for row in result["rows"]:
+        cells = [cell(row, column) for column in present]
+        shown.add_row(f"{row['title']}, {row['unit']}", *cells, best(row), targets(row))
     return shown
 
 
-def _rows() -> list[tuple[str, str, str, str, str]]:
-    return [
-        ("serve, adapters mixed in one batch", "serve_tokens_per_s", "peft_serve_tokens_per_s", "serve_ratio", "tok/s"),
-        ("serve, base only", "serve_base_tokens_per_s", "", "", "tok/s"),
-        ("fine-tune one adapter", "train_tokens_per_s", "peft_train_tokens_per_s", "train_ratio", "tok/s"),
-        ("serve and fine-tune at once", "both_seconds", "peft_both_seconds", "both_ratio", "s"),
-    ]
+def cell(row: dict[str, Any], column: str) -> str:
+    """A column's median, its spread for ours, and the ratio for the others."""
+    found = row["columns"].get(column)
+    if found is None:
+        return ""
+    value = number(found["median"])
+    if column == OURS:
+        return value if found["rounds"] == 1 else f"{value} ({number(found['low'])}-{number(found['high'])})"
+    ratio = row["ratios"].get(column)
+    return value if ratio is None else f"{value} ({ratio['median']:.2f}x)"
+
+
+def best(row: dict[str, Any]) -> str:
+    """The roofline, and our share of it."""
+    return "" if row["roofline"] is None else f"{number(row['roofline'])} ({100 * row['share_of_roofline']:.0f} %)"
+
+
+def targets(row: dict[str, Any]) -> str:
+    """Every goal and whether it is met."""
+    return ", ".join(_target(goal, row["unit"]) for goal in row["goals"])
+
+
+def _target(goal: dict[str, Any], unit: str) -> str:
+    sign, limit = (">=", goal["at_least"]) if goal["at_least"] is not None else ("<=", goal["at_most"])
+    of = f"{limit:g}x {goal['against']}" if goal["against"] else f"{limit:g}{'' if unit == 'x' else ' '}{unit}"
+    return f"{sign} {of} {'met' if goal['met'] else 'MISSED'}"
+
+
+def number(value: float) -> str:
+    """Three digits that matter, thousands in full."""
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"

@@ -48,18 +48,22 @@ class Workload:
 
 def write_adapters(workload: Workload, targets: tuple[LinearTarget, ...], directory: Path) -> dict[str, Path]:
     """PEFT directories with small random weights on every linear, so that both sides read the same files."""
-    spec = LoraSpec(r=workload.rank, alpha=2.0 * workload.rank)
-    modules = resolve_modules(spec, targets)
-    generator = torch.Generator().manual_seed(workload.seed)
-    paths = {}
-    for i in range(workload.num_adapters):
-        factors = {
-            m.target.path: (
-                torch.randn(m.rank, m.target.in_features, generator=generator) * 0.02,
-                torch.randn(m.target.out_features, m.rank, generator=generator) * 0.02,
-            )
-            for m in modules
-        }
-        paths[f"a{i}"] = directory / f"a{i}"
-        write_adapter(paths[f"a{i}"], spec=spec, modules=modules, factors=factors, base_name=None)
+    paths = {f"a{i}": directory / f"a{i}" for i in range(workload.num_adapters)}
+    for number, path in enumerate(paths.values()):
+        write_random_adapter(path, targets, workload.rank, workload.seed + number)
     return paths
+
+
+def write_random_adapter(directory: Path, targets: tuple[LinearTarget, ...], rank: int, seed: int) -> None:
+    """One PEFT directory: LoRA of `rank` on every linear, both factors small and random, so that it changes answers."""
+    spec = LoraSpec(r=rank, alpha=2.0 * rank)
+    modules = resolve_modules(spec, targets)
+    generator = torch.Generator().manual_seed(seed)
+    factors = {
+        m.target.path: (
+            torch.randn(m.rank, m.target.in_features, generator=generator) * 0.02,
+            torch.randn(m.target.out_features, m.rank, generator=generator) * 0.02,
+        )
+        for m in modules
+    }
+    write_adapter(directory, spec=spec, modules=modules, factors=factors, base_name=None)
