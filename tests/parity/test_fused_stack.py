@@ -124,3 +124,26 @@ def test_pages_of_a_request_that_is_gone_do_not_count(new_engine: EngineFactory)
     second = ask(engine, prompt_of(13, 1), max_tokens=15, ignore_eos=True)
     run(engine)
     assert second.tokens() == first.tokens() and len(first.tokens()) == 15
+
+
+@needs_gemm
+def test_a_team_of_threads_gives_the_bits_of_one(new_engine: EngineFactory, tmp_path: Path) -> None:
+    """Prefill and decode rows on adapters; more threads than this machine may have cores, so that some must sleep."""
+    model = tiny_model("llama", layers=3, hidden=64, head_dim=16).bfloat16()
+    adapters = {
+        "all": peft_model(model, 1, r=40, lora_alpha=10, target_modules="all-linear"),
+        "some": peft_model(model, 2, r=3, lora_alpha=16, target_modules=["v_proj", "down_proj"]),
+    }
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            engine = new_engine(model, page_size=4, max_prefill_rows=24, max_rows=32)
+            for name, peft in adapters.items():
+                load_peft(engine, name, peft, tmp_path / name)
+            assert engine.base.decode_stack is not None
+            results.append([logits for _, logits in logits_of(engine)])
+    finally:
+        torch.set_num_threads(before)
+    for of_one, *of_teams in zip(*results, strict=True):
+        assert all(torch.equal(of_one, logits) for logits in of_teams)

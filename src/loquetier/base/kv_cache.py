@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loquetier.kernels.huge_pages import on_huge_pages
-
 TRASH_PAGE = 0
 """Never allocated: padding of page tables points here."""
 
@@ -30,8 +28,8 @@ class KVCache:
         shape = (num_pages + 1, page_size, kv_heads, head_dim)  # + 1: the trash page
         # Uninitialised memory costs a CPU nothing until a page is used. Pages are cleared before their first token
         # (see `clear`), the trash page is here: masked keys are multiplied by zero weights, and 0 * NaN would be NaN.
-        self.keys = [on_huge_pages(torch.empty(shape, dtype=dtype, device=device)) for _ in range(num_layers)]
-        self.values = [on_huge_pages(torch.empty(shape, dtype=dtype, device=device)) for _ in range(num_layers)]
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         for layer in (*self.keys, *self.values):
             layer[TRASH_PAGE].zero_()
 

@@ -155,27 +155,18 @@ def sample(logits_NV: Tensor, states: Sequence[SamplerState], num_generated: Seq
         return SampledTokens([], [], [], [])
     edited_NV = _edit(logits_NV, states, num_generated)
     native = _native()
-    if native is not None and not native.takes(edited_NV):
-        native = None
-    best_N, ids_N = edited_NV.max(dim=-1) if native is None else native.argmax(edited_NV)
+    if native is not None and native.takes(edited_NV) and native.takes(logits_NV):
+        return _sample_native(native, logits_NV, edited_NV, states, num_generated)
+    best_N, ids_N = edited_NV.max(dim=-1)
     ok_N = torch.isfinite(best_N)
     if edited_NV is not logits_NV:  # an edit may cover a NaN, and the row is broken all the same
         ok_N &= torch.isfinite(logits_NV.amax(dim=-1))
     rows = [i for i, s in enumerate(states) if not s.is_greedy]
     if rows:
         u_M = uniforms([states[i].seed for i in rows], [num_generated[i] for i in rows])
-        params = [states[i].params for i in rows]
-        if native is None:
-            drawn_M = _draw_rows(edited_NV, best_N, ok_N, rows, params, u_M)
-        else:
-            drawn_M = native.draw(edited_NV, best_N, [_draw_of(*d) for d in zip(rows, params, u_M, strict=True)])
+        drawn_M = _draw_rows(edited_NV, best_N, ok_N, rows, [states[i].params for i in rows], u_M)
         ids_N = ids_N.index_copy(0, _index(rows, ids_N), drawn_M)
-    wanted = [s.params.logprobs for s in states]
-    if native is not None and all(k is None for k in wanted):  # on the host already: nothing to gather
-        ok = ok_N.tolist()
-        ids = [token if good else -1 for token, good in zip(ids_N.tolist(), ok, strict=True)]
-        return SampledTokens(ids, [None] * len(ids), [None] * len(ids), [not good for good in ok])
-    return _to_host(logits_NV, ids_N, ok_N, wanted)
+    return _to_host(logits_NV, ids_N, ok_N, [s.params.logprobs for s in states])
 
 
 def prompt_logprobs(logits_LV: Tensor, next_tokens: Sequence[int], k: int) -> list[dict[int, float]]:
@@ -202,6 +193,31 @@ def prompt_logprobs(logits_LV: Tensor, next_tokens: Sequence[int], k: int) -> li
 def _native() -> NativeSample | None:
     library = process_kernels().native("sample")
     return NativeSample(library) if library else None
+
+
+def _sample_native(
+    native: NativeSample,
+    logits_NV: Tensor,
+    edited_NV: Tensor,
+    states: Sequence[SamplerState],
+    num_generated: Sequence[int],
+) -> SampledTokens:
+    """`sample` on the C kernels. Around them numpy: a torch call on 16 numbers takes longer than they do."""
+    best_N, ids_N = native.argmax(edited_NV)
+    ok_N = np.isfinite(best_N.numpy())
+    if edited_NV is not logits_NV:
+        ok_N &= np.isfinite(native.argmax(logits_NV)[0].numpy())
+    rows = [i for i, s in enumerate(states) if not s.is_greedy]
+    if rows:
+        u_M = uniforms([states[i].seed for i in rows], [num_generated[i] for i in rows])
+        draws = [_draw_of(i, states[i].params, u) for i, u in zip(rows, u_M.tolist(), strict=True)]
+        ids_N.numpy()[rows] = native.draw(edited_NV, best_N, draws).numpy()
+    wanted = [s.params.logprobs for s in states]
+    if any(k is not None for k in wanted):
+        return _to_host(logits_NV, ids_N, torch.from_numpy(ok_N), wanted)
+    nothing = [None] * len(states)
+    ids = np.where(ok_N, ids_N.numpy(), -1).tolist()
+    return SampledTokens(ids, list(nothing), list(nothing), np.logical_not(ok_N).tolist())
 
 
 def _draw_of(row: int, p: SamplingParams, uniform: float) -> DrawArguments:

@@ -7,6 +7,7 @@
 #define load LQ_NAME(lq_load)
 #define store LQ_NAME(lq_store)
 #define ELEMENT(array, at, bf16) ((const char *)(array) + (at) * ((bf16) ? 2 : 4))
+#define HALF_LINE(at, bf16) ((bf16) && LQ_WIDTH == 16 && ((at) & LQ_WIDTH)) /* its cache line was asked for before */
 #define OUTPUT(array, at, bf16) ((char *)(array) + (at) * ((bf16) ? 2 : 4))
 
 /* s[t][r] = scale * sum_k x[t][k] * w[r][k] for `rows` x `ranks` of them, all in registers. */
@@ -22,7 +23,7 @@ LQ_INLINE void LQ_NAME(shrink_tile)(const void *x, int64_t x_stride, int x_bf16,
         for (int r = 0; r < ranks; r++) {
             vf weight = load(w, r * size + k, w_bf16);
             /* The next ranks' lines: rows of w are too short for the processor to notice that it is a stream. */
-            __builtin_prefetch(ELEMENT(w, (r + ranks) * size + k, w_bf16));
+            if (!HALF_LINE(k, w_bf16)) __builtin_prefetch(ELEMENT(w, (r + ranks) * size + k, w_bf16));
             for (int t = 0; t < rows; t++) sum[t][r] += values[t] * weight;
         }
     }
@@ -68,7 +69,8 @@ LQ_INLINE void LQ_NAME(expand_tile)(const float *s, int64_t rank, const void *w,
     for (int64_t r = 0; r < rank; r++) {
         for (int v = 0; v < vectors; v++) {
             vf weight = load(w, r * size + v * LQ_WIDTH, w_bf16);
-            if (rows == 1) __builtin_prefetch(ELEMENT(w, (r + 4) * size + v * LQ_WIDTH, w_bf16));
+            if (rows == 1 && !HALF_LINE(v * LQ_WIDTH, w_bf16))
+                __builtin_prefetch(ELEMENT(w, (r + 4) * size + v * LQ_WIDTH, w_bf16));
             for (int t = 0; t < rows; t++) sum[t][v] += s[t * rank + r] * weight;
         }
     }
@@ -230,6 +232,7 @@ static void LQ_NAME(wgrad_columns)(const Call *a, const Segment *g, int of_b, in
 #undef SELECTED
 #undef ELEMENT
 #undef OUTPUT
+#undef HALF_LINE
 #undef load
 #undef store
 #undef vf

@@ -74,10 +74,14 @@ LQ_CALLED void LQ_NAME(lq_store_part)(void *array, int64_t at, int64_t count, vf
     for (int64_t i = 0; i < count; i++) LQ_NAME(lq_store_one)(array, at + i, value[i], bf16);
 }
 
-LQ_CALLED float LQ_NAME(lq_sum)(vf value) {
+LQ_INLINE float LQ_NAME(lq_sum)(vf value) {
+#if LQ_WIDTH == 16
+    return _mm512_reduce_add_ps((__m512)value); /* in the order of the loop below, without going through memory */
+#else
     float part[LQ_WIDTH];
     memcpy(part, &value, sizeof part);
     for (int half = LQ_WIDTH / 2; half > 0; half /= 2)
         for (int i = 0; i < half; i++) part[i] += part[i + half];
     return part[0];
+#endif
 }
