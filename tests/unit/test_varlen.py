@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.parity.training_helpers import make_engine, random_examples, run, start, watch
+from tests.parity.training_helpers import ask, make_engine, random_examples, run, start, watch
 from torch import Tensor
 
 from loquetier.adapters.spec import LoraSpec
@@ -136,3 +136,25 @@ def test_training_and_evaluation_run_on_it(tape: str, monkeypatch: pytest.Monkey
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
     assert results[0][1]
     torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-6, atol=0)
+
+
+def test_prompts_that_begin_together_run_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five prompts in chunks of at most 24 rows: some whole, some continued, beside answers under way."""
+    results = []
+    calls: list[int] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(len(args[3]) - 1)
+        return of_2_13(*args, **kwargs)
+
+    own = Varlen(counted, frozenset({"window_size", "scale", "enable_gqa"}))
+    for packed in (False, True):
+        if packed:
+            monkeypatch.setattr("loquetier.base.attention.packed_attention", lambda q, rule: own)
+        engine = make_engine("llama", max_prefill_rows=24)
+        answers = [ask(engine, "tiny", range(10, 10 + n), 4) for n in (5, 7, 30, 3, 4)]
+        run(engine)
+        engine.check_integrity()
+        results.append([a.tokens for a in answers])
+    assert results[0] == results[1]
+    assert calls and max(calls) > 1

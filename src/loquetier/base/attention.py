@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -105,7 +106,13 @@ def _joined(kv: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def _eval_rows(q: Tensor, k: Tensor, v: Tensor, scale: float, rule: MaskRule, step: StepContext) -> list[Tensor]:
-    spans = [span for span in step.spans if span[0] >= step.num_train]
+    return _whole(q, k, v, scale, rule, [span for span in step.spans if span[0] >= step.num_train])
+
+
+def _whole(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, rule: MaskRule, spans: Sequence[tuple[int, int]]
+) -> list[Tensor]:
+    """Sequences of neighbouring rows that begin and end here."""
     packed = packed_attention(q, rule) if len(spans) > 1 else None
     if packed is not None:
         rows = slice(spans[0][0], spans[-1][1])
@@ -127,14 +134,15 @@ def _cached_rows(
     cache = step.cache
     assert cache is not None
     keys, values = cache.keys[layer], cache.values[layer]
-    parts = []
-    for a, b, past, pages_B in step.prefill:
-        if past == 0 and not prompts_read_pages(q, keys, rule):
-            parts.append(span_attention(q[:, a:b], k[:, a:b], v[:, a:b], scale, rule))
-        else:
+    read_pages = prompts_read_pages(q, keys, rule)
+    parts: list[Tensor] = []
+    for is_whole, group in groupby(step.prefill, lambda chunk: chunk.past == 0 and not read_pages):
+        if is_whole:
+            parts += _whole(q, k, v, scale, rule, [(chunk.start, chunk.stop) for chunk in group])
+            continue
+        for a, b, past, pages_B in group:
             read = partial(cache.read, layer, pages_B, past + b - a)
-            pages = (keys, values, pages_B)
-            parts.append(chunk_attention(q[:, a:b], *pages, past, read, scale, rule))
+            parts.append(chunk_attention(q[:, a:b], keys, values, pages_B, past, read, scale, rule))
     if step.decode is not None:
         d = step.decode
         q_NHD = q.transpose(0, 1)[d.start :]
