@@ -21,6 +21,10 @@ TESTS = (
     "test_native_gemm.py",
     "test_native_rowops.py",
     "test_native_sample.py",
+    "test_native_rowgrads.py",
+    "test_native_train_attention.py",
+    "test_native_smlm_long.py",
+    "test_native_loss.py",
 )
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
 

@@ -60,6 +60,7 @@ def measured(
     dtype: Any = "float32" if base.dtype == torch.float32 else "bfloat16"
     settings = {"dtype": dtype, "device": "cpu", "kv_memory": MIB, "adapter_memory": 64 * MIB} | engine
     built = Engine(base, EngineConfig(**settings))
+    base.prepare_training()  # once per process, and of the base: no job's memory
     for example in (*data, *held_out):  # its arrays are made once, by numpy, which is not counted here
         assert example.label_targets is not None
     with LiveBytes() as memory:

@@ -62,16 +62,35 @@ def unified_attention(
     if step.cuts is not None:
         step.cuts.keep_kv(k_KMD, v_KMD)
     parts = _train_rows(q_HMD, k_KMD, v_KMD, scale, rule, step)
-    with torch.no_grad():
-        q_HMD, k_KMD, v_KMD = q_HMD.detach(), k_KMD.detach(), v_KMD.detach()
-        parts += _eval_rows(q_HMD, k_KMD, v_KMD, scale, rule, step)
-        if step.cache is not None and step.cache_start < step.num_rows:
-            layer = int(module.layer_idx)  # type: ignore[arg-type]
-            if not kwargs.get(WRITTEN_KEYWORD):
-                _write_cache(k_KMD, v_KMD, step, layer)
-            parts += _cached_rows(q_HMD, k_KMD, v_KMD, scale, rule, step, layer)
+    parts += other_rows(module, q_HMD, k_KMD, v_KMD, scale, rule, step, is_written=bool(kwargs.get(WRITTEN_KEYWORD)))
     out_HMD = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     return out_HMD.transpose(0, 1)[None], None
+
+
+def other_rows(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    rule: MaskRule,
+    step: StepContext,
+    *,
+    is_written: bool = False,
+) -> list[Tensor]:
+    """EVAL, PREFILL and DECODE rows, ``[H, n, D]`` each, in row order; nothing of them is kept for a backward.
+
+    `is_written`: their K and V are in the cache already.
+    """
+    with torch.no_grad():
+        q, k, v = q.detach(), k.detach(), v.detach()
+        parts = _eval_rows(q, k, v, scale, rule, step)
+        if step.cache is not None and step.cache_start < step.num_rows:
+            layer = int(module.layer_idx)  # type: ignore[arg-type]
+            if not is_written:
+                _write_cache(k, v, step, layer)
+            parts += _cached_rows(q, k, v, scale, rule, step, layer)
+    return parts
 
 
 def _train_rows(q: Tensor, k: Tensor, v: Tensor, scale: float, rule: MaskRule, step: StepContext) -> list[Tensor]:

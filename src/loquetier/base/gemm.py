@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loquetier.base.hardware import detect_hardware
-from loquetier.kernels.gemm import ANY_ROWS, NO_KERNEL, GemmKernel, PackedWeight, pack_weights, packed_bytes
+from loquetier.kernels.gemm import AMX, ANY_ROWS, NO_KERNEL, GemmKernel, PackedWeight, pack_weights, packed_bytes
 from loquetier.kernels.select import Kernels
 
 log = logging.getLogger("loquetier.base")
@@ -26,11 +26,21 @@ class BaseGemm:
         weight_NK: the original, which stays: the backward is ``dy @ W``, and embeddings may share it.
     """
 
-    __slots__ = ("bias_N", "packed", "weight_NK")
+    __slots__ = ("bias_N", "packed", "packed_back", "weight_NK")
 
     def __init__(self, weight_NK: Tensor, bias_N: Tensor | None) -> None:
         self.weight_NK, self.bias_N = weight_NK, bias_N
         self.packed: PackedWeight | None = None
+        self.packed_back: PackedWeight | None = None
+        """Of the transposed weight, for `input_gradient`; made when training begins, see `pack_for_backward`."""
+
+    def input_gradient(self, dy_TN: Tensor, dx_TK: Tensor) -> None:
+        """``dx = dy W``, over what `dx_TK` (contiguous) holds."""
+        packed = self.packed_back
+        if packed is None or dy_TN.dtype != torch.bfloat16 or len(dy_TN) > packed.max_rows:
+            torch.mm(dy_TN, self.weight_NK, out=dx_TK)
+        else:
+            packed.into(dy_TN.contiguous(), dx_TK)
 
     def drop_original(self) -> int:
         """Keep the packed copy alone, for any number of rows; returns the bytes given up. No backward from here on.
@@ -91,6 +101,26 @@ def pack_base(gemms: Sequence[BaseGemm], kernels: Kernels) -> int:
     for gemm, copy in zip(gemms, packed, strict=True):
         gemm.packed = copy
     log.info("base weights packed for the CPU kernel: %d MiB beside the originals", needed >> 20)
+    return needed
+
+
+def pack_for_backward(gemms: Sequence[BaseGemm], kernels: Kernels) -> int:
+    """Give each packed GEMM a copy of its transposed weight too; returns the bytes taken, 0 when nothing is packed.
+
+    Only with AMX, where the kernel takes any number of rows, and like `pack_base` only where memory allows.
+    """
+    library = kernels.native("base_gemm")
+    if library is None or any(g.packed is None for g in gemms):
+        return 0
+    kernel = GemmKernel(library)
+    weights = [g.weight_NK.detach().T for g in gemms]
+    needed, free = packed_bytes(kernel, weights), detect_hardware("cpu").free_memory
+    if kernel.level < AMX or needed > MEMORY_SHARE * free:
+        log.info("the backward multiplies by the original weights: no AMX, or no memory for a copy")
+        return 0
+    for gemm, copy in zip(gemms, pack_weights(kernel, weights, [None] * len(gemms)), strict=True):
+        gemm.packed_back = copy
+    log.info("base weights packed for the backward: %d MiB", needed >> 20)
     return needed
 
 

@@ -123,6 +123,23 @@ class LinearGroup:
                 method.base_gradient(site, dy_TN[:, start:stop], segments, step.factors, step.dropout)
         return dy_TN
 
+    def forward_rows(self, x_MK: Tensor, step: StepContext) -> tuple[Tensor, Kept]:
+        """``[M, K] -> [M, N]``, base and adapters, and what `backward_rows` needs. No autograd."""
+        y_MN = self.gemm(x_MK)
+        return y_MN, self.adapt(x_MK, y_MN, step, step.num_train)
+
+    def trains(self, step: StepContext) -> bool:
+        """Whether a TRAIN segment's adapter sits here: then `backward_rows` needs the input."""
+        return step.trains(tuple(m.module for m in self.adapted))
+
+    def backward_rows(self, x_TK: Tensor | None, dy_TN: Tensor, step: StepContext, kept: Kept) -> Tensor:
+        """Gradient of the TRAIN rows' input; adds the adapters' own. `x_TK` is None where nothing is trained."""
+        dx_TK = dy_TN.new_empty((len(dy_TN), self.weight_NK.shape[1]))
+        self.gemm.input_gradient(self.base_gradient(dy_TN, step), dx_TK)
+        if x_TK is not None:
+            self.backward(x_TK, dy_TN, dx_TK, step, kept)
+        return dx_TK
+
     def backward(self, x_TK: Tensor, dy_TN: Tensor, dx_TK: Tensor, step: StepContext, kept: Kept) -> None:
         """Every method's gradients, and its part of `dx_TK`, in place."""
         own = iter(kept)
@@ -145,7 +162,7 @@ class _UnifiedLinear(torch.autograd.Function):
         x_MK = x.reshape(num_rows, -1)
         ctx.kept = group.adapt(x_MK, y.view(num_rows, -1), step, num_train)
         ctx.group, ctx.step, ctx.shape = group, step, x.shape
-        ctx.has_input = step.trains(tuple(m.module for m in group.adapted))
+        ctx.has_input = group.trains(step)
         if ctx.has_input:
             ctx.save_for_backward(x_MK if num_train == num_rows else x_MK[:num_train].clone())
         return y
@@ -158,7 +175,7 @@ class _UnifiedLinear(torch.autograd.Function):
         partial = num_train < step.num_rows
         dx = dy_TN.new_zeros(ctx.shape) if partial else dy_TN.new_empty(ctx.shape)
         dx_TK = dx.view(step.num_rows, -1)[:num_train]
-        torch.mm(group.base_gradient(dy_TN, step), group.weight_NK, out=dx_TK)
+        group.gemm.input_gradient(group.base_gradient(dy_TN, step), dx_TK)
         if ctx.has_input:
             (x_TK,) = ctx.saved_tensors
             group.backward(x_TK, dy_TN, dx_TK, step, ctx.kept)

@@ -18,14 +18,18 @@ from loquetier.base.attention import ATTENTION_NAME, STEP_KEYWORD, register
 from loquetier.base.context import Binding, StepContext
 from loquetier.base.decode_stack import DecodeStack
 from loquetier.base.footprint import layer_footprints
+from loquetier.base.frozen_head import FrozenHead
 from loquetier.base.fuse import fused_stack
+from loquetier.base.fuse_train import train_footprints, train_stack
 from loquetier.base.fused import FusedStack
-from loquetier.base.gemm import BaseGemm, FrozenLinear, pack_base
+from loquetier.base.fused_train import TrainStack
+from loquetier.base.gemm import BaseGemm, FrozenLinear, pack_base, pack_for_backward
 from loquetier.base.kv_cache import KVCache
 from loquetier.base.linear import VirtualLinear
 from loquetier.base.loading import LoadedBase
 from loquetier.base.support import check_supported, decoder_layers, decoder_stack, linear_targets
 from loquetier.base.surgery import cut_layers, limit_row_modules, swap_linears
+from loquetier.kernels.native_loss import NativeCrossEntropy
 from loquetier.kernels.native_stack import NativeStack
 from loquetier.kernels.rowops import RowOps
 from loquetier.kernels.select import Kernels, process_kernels
@@ -80,6 +84,7 @@ class Base:
         """Bytes that a graph tape keeps per TRAIN row, estimated from the layers' shapes."""
         self._stack = decoder_stack(model)
         self._head = _head_only(model, self._stack)
+        self._is_ready_to_train = False
         self._take_kernels(kernels)
 
     def _take_kernels(self, kernels: Kernels) -> None:
@@ -88,6 +93,10 @@ class Base:
         """Bytes of the weights' copy in the CPU kernel's layout; 0 where torch's GEMM runs."""
         self.fused: FusedStack | None = None
         self.decode_stack: DecodeStack | None = None
+        self.train_stack: TrainStack | None = None
+        self.frozen_head: FrozenHead | None = None
+        """lm_head and loss without autograd, for rows on which no adapter sits there."""
+        self._kernels = kernels
         if kernels.in_triton("row_ops") and kernels.in_triton("decode_attention") and self.dtype != torch.float32:
             from loquetier.kernels.triton_rows import TritonRowOps  # imports triton
 
@@ -97,9 +106,33 @@ class Base:
         if library is None or not self.packed_bytes:  # float32 keeps one path: trained and served rows agree to the bit
             return
         self.fused = fused_stack(self.loaded.model, self._stack, self._layers, RowOps(library), self._during)
+        if self.fused is not None:
+            self.train_stack = train_stack(self.fused, self._layers, kernels, self._during)
+        if self.train_stack is not None:
+            self.footprints = train_footprints(self.train_stack, self.footprints)
+            self.graph_row_bytes = self.dtype.itemsize * sum(layer.kept() for layer in self.footprints)
+        self.frozen_head = self._plain_head(kernels)
         needed = ("smlm_forward", "decode_attention", "prefill_attention")
         if self.fused and all(kernels.native(kernel) for kernel in needed):
             self.decode_stack = DecodeStack(self.fused, NativeStack(library))
+
+    def _plain_head(self, kernels: Kernels) -> FrozenHead | None:
+        """The head as a GEMM, if on a probe that is all that the model's own code does."""
+        library = kernels.native("cross_entropy")
+        output = next((m for m in self._head.children() if isinstance(m, FrozenLinear | VirtualLinear)), None)
+        if library is None or output is None:
+            return None
+        gemm = output.gemm if isinstance(output, FrozenLinear) else output.group.gemm
+        probe_nD = torch.randn(3, gemm.weight_NK.shape[1], generator=torch.Generator().manual_seed(0)).to(self.dtype)
+        with torch.no_grad():
+            is_plain = torch.equal(self.logits(probe_nD, StepContext(num_rows=3)), gemm(probe_nD))
+        return FrozenHead(gemm, NativeCrossEntropy(library)) if is_plain else None
+
+    def prepare_training(self) -> None:
+        """Before the first tape of a process that trains: pack the weights for the backward, where that pays."""
+        if not self._is_ready_to_train and self.packed_bytes:
+            pack_for_backward(self._gemms(), self._kernels)
+        self._is_ready_to_train = True
 
     def _gemms(self) -> list[BaseGemm]:
         """Every GEMM of the decoder layers and the head, each once."""
@@ -166,6 +199,9 @@ class Base:
             if self.decode_stack is not None and self.decode_stack.takes(step):
                 return self.decode_stack(ids_M, positions_M, step)
             return self._during(lambda: fused(ids_M, positions_M, step), step)
+        train = self.train_stack
+        if train is not None and step.num_train and step.cuts is not None:
+            return self._during(lambda: train(ids_M, positions_M, step), step)
         self._binding.step = step
         try:
             with torch.set_grad_enabled(step.cuts is not None):
@@ -196,6 +232,8 @@ class Base:
 
         `args` and `kwargs` are what the model gives this layer beside the hidden states, cut to these rows.
         """
+        if self.train_stack is not None:
+            return self.train_stack.run_layer(layer, hidden_1nD, kwargs["position_embeddings"], step)
         self._binding.step = step
         try:
             with torch.enable_grad():

@@ -54,13 +54,29 @@ class TrainerPeer:
             rows.append({"input_ids": tokens, "labels": [IGNORE] * len(head) + tokens[len(head) :]})
         return [{name: ids[: self._run.max_tokens] for name, ids in row.items()} for row in rows]
 
-    def train(self, train: Records, held_out: Records, progress: Callable[[Curve], None]) -> Curve:
-        """Train and look at the held-out part; `progress` is told after every step."""
+    def train(
+        self,
+        train: Records,
+        held_out: Records,
+        progress: Callable[[Curve], None],
+        *,
+        on_step: Callable[[], None] = lambda: None,
+        autocast: bool = False,
+    ) -> Curve:
+        """Train and look at the held-out part, if any; `progress` is told after every step.
+
+        Args:
+            on_step: called as each optimizer step ends.
+            autocast: Trainer's ``bf16=True``.
+        """
         from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainerCallback
 
         curve = Curve()
 
         class Recorder(TrainerCallback):  # type: ignore[misc]
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                on_step()
+
             def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
                 if "loss" in logs:
                     curve.train_loss.append(logs["loss"])
@@ -71,9 +87,9 @@ class TrainerPeer:
         with tempfile.TemporaryDirectory() as directory:
             trainer = Trainer(
                 model=self.model,
-                args=_arguments(self._run, directory),
+                args=_arguments(self._run, directory, evaluates=bool(held_out), autocast=autocast),
                 train_dataset=self.encode(train),
-                eval_dataset=self.encode(held_out),
+                eval_dataset=self.encode(held_out) if held_out else None,
                 data_collator=DataCollatorForSeq2Seq(self._tokenizer, label_pad_token_id=IGNORE),
                 compute_metrics=_token_mean,
                 preprocess_logits_for_metrics=_token_losses,
@@ -84,7 +100,7 @@ class TrainerPeer:
         return curve
 
 
-def _arguments(run: LearningRun, directory: str) -> Any:
+def _arguments(run: LearningRun, directory: str, *, evaluates: bool, autocast: bool) -> Any:
     from transformers import TrainingArguments
 
     return TrainingArguments(
@@ -101,9 +117,10 @@ def _arguments(run: LearningRun, directory: str) -> Any:
         train_sampling_strategy="sequential",
         logging_steps=1,
         logging_nan_inf_filter=False,
-        eval_strategy="steps",
+        bf16=autocast,
+        eval_strategy="steps" if evaluates else "no",
         eval_steps=run.eval_every,
-        eval_on_start=True,
+        eval_on_start=evaluates,
         per_device_eval_batch_size=run.batch_size,
         save_strategy="no",
         report_to="none",

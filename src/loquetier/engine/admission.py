@@ -243,5 +243,6 @@ def memory_model(base: Base, config: EngineConfig, factor_itemsize: int) -> Memo
         max_train_rows=min(config.max_train_rows, config.max_rows),
         window=config.train_window,
         is_fused=base.fused is not None,
+        has_plain_head=base.frozen_head is not None,
         host_is_device=base.device.type == "cpu",
     )

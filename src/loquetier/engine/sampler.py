@@ -191,7 +191,7 @@ def prompt_logprobs(logits_LV: Tensor, next_tokens: Sequence[int], k: int) -> li
 
 @cache
 def _native() -> NativeSample | None:
-    library = process_kernels().native("sample")
+    library = process_kernels("cpu").native("sample")
     return NativeSample(library) if library else None
 
 

@@ -89,6 +89,7 @@ class Trainer:
         assert self.tape is None, "the scheduler opens one tape at a time"
         for job in self.jobs.values():
             job.take({item.item_id for item in plan.opened if item.job_id == job.job_id})
+        self.base.prepare_training()
         slots = {item.slot for item in plan.opened}
         layers = [m.target.layer for s in slots for m in self.arena.modules(s)]
         first = min((layer for layer in layers if layer is not None), default=self.base.num_layers)
@@ -140,7 +141,11 @@ class Trainer:
             step = head_step(batch.step, rows + first_row, self.head_module, with_grad=with_grad)
             return self.base.logits(hidden_nD, step)
 
-        losses, grad_TD = linear_cross_entropy(hidden_TD, labels.rows, head, with_grad=with_grad)
+        adapted = self.head_module is not None and any(
+            self.head_module in batch.step.factors[s.slot] for s in batch.step.segments
+        )
+        plain = None if adapted else self.base.frozen_head
+        losses, grad_TD = linear_cross_entropy(hidden_TD, labels.rows, head, with_grad=with_grad, plain=plain)
         nll, correct = (t.double().numpy(force=True) for t in (losses.nll_L, losses.correct_L))
         for item, start, stop in ((r.item, r.start, r.stop) for r in labels.items):
             owner = self.evaluations[item.job_id][0] if item.job_id in self.evaluations else self.jobs[item.job_id]

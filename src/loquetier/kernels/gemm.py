@@ -51,7 +51,7 @@ class GemmKernel:
         """More rows than this are faster in torch."""
         self.packed_size = library.function("lq_gemm_packed_size", c_int64, c_int64, restype=c_int64)
         """Elements of a packed ``[N, K]`` weight."""
-        self.pack = library.function("lq_gemm_pack", c_void_p, c_void_p, c_int64, c_int64)
+        self.pack = library.function("lq_gemm_pack", c_void_p, c_void_p, *(c_int64,) * 4)
         self.run = library.function("lq_gemm_bf16", *(c_void_p,) * 4, *(c_int64,) * 6)
         self.advise_huge = library.function("lq_advise_huge", c_void_p, c_int64)
 
@@ -71,9 +71,16 @@ class PackedWeight:
         """``[..., K] -> [..., N]``, both bfloat16. No autograd; at most `max_rows` rows pay."""
         x = x.contiguous()
         y = x.new_empty((*x.shape[:-1], self.n))
-        rows, k, n = x.numel() // self.k, self.k, self.n
-        self._run(x.data_ptr(), self.address, self.bias_address, y.data_ptr(), rows, k, n, k, n, self.level)
+        self.into(x, y)
         return y
+
+    def into(self, x: Tensor, y: Tensor) -> None:
+        """The same over what `y` holds; both contiguous."""
+        rows, k, n = x.numel() // self.k, self.k, self.n
+        assert (
+            x.is_contiguous() and y.is_contiguous() and y.numel() == rows * n and x.dtype == y.dtype == torch.bfloat16
+        )
+        self._run(x.data_ptr(), self.address, self.bias_address, y.data_ptr(), rows, k, n, k, n, self.level)
 
 
 def packed_bytes(kernel: GemmKernel, weights: Sequence[Tensor]) -> int:
@@ -82,18 +89,21 @@ def packed_bytes(kernel: GemmKernel, weights: Sequence[Tensor]) -> int:
 
 
 def pack_weights(kernel: GemmKernel, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[PackedWeight]:
-    """Copies of bfloat16 ``[N, K]`` weights in the kernel's layout, in one piece of memory on huge pages."""
+    """Copies of bfloat16 ``[N, K]`` weights in the kernel's layout, in one piece of memory on huge pages.
+
+    A weight may be the transpose of a matrix.
+    """
     total = packed_bytes(kernel, weights)
     storage = torch.empty(total // 2, dtype=torch.bfloat16)
     at = -storage.data_ptr() % _HUGE_PAGE
     kernel.advise_huge(storage.data_ptr() + at, (total - at) // _HUGE_PAGE * _HUGE_PAGE)
     packed = []
     for weight_NK, bias_N in zip(weights, biases, strict=True):
-        assert weight_NK.dtype == torch.bfloat16 and weight_NK.is_contiguous() and weight_NK.is_cpu
+        assert weight_NK.dtype == torch.bfloat16 and weight_NK.is_cpu
         n, k = weight_NK.shape
         size = int(kernel.packed_size(n, k))
         part = storage[at // 2 : at // 2 + size]
-        kernel.pack(weight_NK.data_ptr(), part.data_ptr(), n, k)
+        kernel.pack(weight_NK.data_ptr(), part.data_ptr(), n, k, *weight_NK.stride())
         bias = None if bias_N is None else bias_N.to(torch.bfloat16).contiguous()
         packed.append(PackedWeight(kernel, part, (n, k), bias))
         at += _aligned(2 * size)

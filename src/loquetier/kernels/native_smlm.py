@@ -48,10 +48,15 @@ def forward_rows(module: int, segments: Sequence[Segment], table: FactorTable) -
     return _rows([(s, f, None) for s in segments if (f := table[s.slot].get(module)) is not None], LONG_FORWARD)
 
 
-def backward_rows(module: int, segments: Sequence[Segment], table: FactorTable, grads: FactorTable) -> Rows | None:
-    """Pointers for a backward; None when C cannot take these factors."""
+def backward_rows(
+    module: int, segments: Sequence[Segment], table: FactorTable, grads: FactorTable, longest: int | None = None
+) -> Rows | None:
+    """Pointers for a backward; None when C cannot take these factors.
+
+    `longest`: rows times rank of one segment; None = LONG_BACKWARD.
+    """
     found = [(s, f, grads[s.slot][module]) for s in segments if (f := table[s.slot].get(module)) is not None]
-    return _rows(found, LONG_BACKWARD)
+    return _rows(found, LONG_BACKWARD if longest is None else longest)
 
 
 def _rows(found: Sequence[tuple[Segment, Factors, Factors | None]], longest: int) -> Rows | None:

@@ -15,13 +15,13 @@ from typing import Final
 import torch
 
 from loquetier.errors import ConfigError
-from loquetier.kernels import selfcheck, selfcheck_base, triton_load, varlen
+from loquetier.kernels import selfcheck, selfcheck_base, selfcheck_train, triton_load, varlen
 from loquetier.kernels.build import BuildError, built_library
 from loquetier.kernels.native import NativeLibrary
 
 log = logging.getLogger("loquetier.kernels")
 
-CHECKS: Final = {**selfcheck_base.CHECKS, **selfcheck.CHECKS}
+CHECKS: Final = {**selfcheck_base.CHECKS, **selfcheck.CHECKS, **selfcheck_train.CHECKS}
 """By kernel name; a kernel without an entry has no C version."""
 
 VARIABLE: Final = "LOQUETIER_KERNELS"
@@ -29,7 +29,7 @@ BACKENDS: Final = ("auto", "reference", "cpu", "triton")
 """Values that `VARIABLE` accepts."""
 KERNELS: Final = (
     "base_gemm", "row_ops", "smlm_forward", "smlm_backward", "decode_attention", "prefill_attention", "span_attention",
-    "sample",
+    "sample", "train_attention", "row_grads", "cross_entropy", "smlm_long",
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from loquetier.kernels import reference
 from loquetier.kernels.native_smlm import NativeSmlm, Rows, backward_rows, forward_rows, usable_matrix
+from loquetier.kernels.native_smlm_long import LONG_ON_TILES, NativeLongSmlm
 from loquetier.kernels.reference import FactorTable, Segment
 from loquetier.kernels.select import process_kernels
 from loquetier.kernels.triton_layout import Layout, fits, fixed_layout, refill
@@ -115,6 +116,13 @@ def _native(kernel: str) -> NativeSmlm | None:
     return NativeSmlm(library) if library else None
 
 
+@cache
+def _long() -> NativeLongSmlm | None:
+    library = process_kernels("cpu").native("smlm_long")
+    kernel = NativeLongSmlm(library) if library else None
+    return kernel if kernel is not None and kernel.available else None
+
+
 def smlm_forward(
     x_TK: Tensor,
     y_TN: Tensor,
@@ -135,6 +143,9 @@ def smlm_forward(
         if rows is not None and native.takes(rows, dtype):
             native.forward(x_TK, y_TN, rows)
             segments = rows.long
+        long = _long()
+        if long is not None:
+            segments = long.forward(x_TK, y_TN, module, segments, table)
     reference.smlm_forward(x_TK, y_TN, module, segments, table)
 
 
@@ -164,8 +175,12 @@ def smlm_backward(
         return
     native = _native("smlm_backward") if x_TK.is_cpu else None
     if native is not None and all(usable_matrix(m, x_TK.dtype) for m in (x_TK, dy_TN, dx_TK)):
-        rows = backward_rows(module, segments, table, grads)
+        longest = None if _long() is None or x_TK.dtype != torch.bfloat16 else LONG_ON_TILES
+        rows = backward_rows(module, segments, table, grads, longest)
         if rows is not None and native.takes(rows, x_TK.dtype):
             native.backward(x_TK, dy_TN, dx_TK, rows)
             segments = rows.long
+        long = _long()
+        if long is not None:
+            segments = long.backward(x_TK, dy_TN, dx_TK, module, segments, table, grads)
     reference.smlm_backward(x_TK, dy_TN, dx_TK, module, segments, table, grads)

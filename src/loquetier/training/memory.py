@@ -125,6 +125,8 @@ class MemoryModel:
     window: int
     is_fused: bool
     """Steps without TRAIN rows run the fused stack, which holds one MLP temporary less."""
+    has_plain_head: bool
+    """Losses take one `PlainHead`: the logits only, whose gradient lies in their place."""
     host_is_device: bool
     """False where data and checkpoints lie in other memory than the tapes."""
 
@@ -164,8 +166,8 @@ class MemoryModel:
             published=slot,
             publishing=slot * replaces,
             activations=self.activations(tape, rows, labels, trained, kept),
-            loss=self._loss(min(rows, labels, self.max_train_rows)),
-            evaluation=self.evaluation(eval_examples),
+            loss=self._loss(min(rows, labels, self.max_train_rows), trained),
+            evaluation=self.evaluation(eval_examples, trained),
             tape=tape,
             rows=rows,
             **state,
@@ -188,13 +190,16 @@ class MemoryModel:
         peak = max(least, evaluation) if len(jobs) == 1 else least + evaluation
         return sum(n.estimate.state for n in jobs) + peak
 
-    def evaluation(self, examples: Sequence[Example]) -> int:
-        """Peak bytes of the largest step of EVAL rows of these examples: a forward of which nothing is kept."""
+    def evaluation(self, examples: Sequence[Example], trained: frozenset[int]) -> int:
+        """Peak bytes of the largest step of EVAL rows of these examples: a forward of which nothing is kept.
+
+        `trained`: the modules of the adapter that they run on.
+        """
         rows = largest_fill(sorted((e.num_rows for e in examples), reverse=True), self.max_train_rows)
         mlp = (3 if self.is_fused else 4) * max(layer.mlp for layer in self.layers)
         forward = rows * ((mlp + 4 * self.hidden + 2 * self.head_dim) * self.itemsize + rows * (self.score // 2))
         loss = rows * 2 * self.hidden * self.itemsize + self._loss(
-            min(rows, sum(e.num_labels for e in examples)), with_grad=False
+            min(rows, sum(e.num_labels for e in examples)), trained, with_grad=False
         )
         return max(forward, loss) if rows else 0
 
@@ -207,7 +212,7 @@ class MemoryModel:
         graph = [layer.kept(trained) * size for layer in layers]
         forward = 4 * max(layer.mlp for layer in self.layers) * size  # gate and up, activation, product
         at_once = rows if tape == "graph" else min(rows, self.max_train_rows)  # of the forward
-        loss = hidden_bytes * rows + self._loss(min(at_once, labels))
+        loss = hidden_bytes * rows + self._loss(min(at_once, labels), trained)
         if tape == "graph":
             # Half of what is written for a score is kept: its tanh and its probability.
             scores = rows * rows * (self.score // 2)
@@ -230,9 +235,11 @@ class MemoryModel:
             return 4 * mlp * _FLOAT
         return max(4 * mlp * self.itemsize, mlp * (2 * self.itemsize + 2 * _FLOAT) + self.hidden * _FLOAT)
 
-    def _loss(self, labels: int, *, with_grad: bool = True) -> int:
+    def _loss(self, labels: int, trained: frozenset[int], *, with_grad: bool = True) -> int:
         """Bytes of one chunk: its hidden states and their gradient, its logits, their exponentials and gradient."""
         logits = 2 * _FLOAT if self.itemsize == _FLOAT else 2 * _FLOAT + (1 + with_grad) * self.itemsize
+        if self.has_plain_head and trained <= self.layer_of.keys():  # no adapter on the head
+            logits = self.itemsize
         return min(CHUNK_ROWS, labels) * (self.vocab * logits + 2 * self.hidden * self.itemsize)
 
     def _auto(self, rows: int, labels: int, trained: frozenset[int], kept: int, state: int) -> TapeKind:

@@ -1,9 +1,13 @@
-/* The base's GEMM for few rows: y[M,N] = x[M,K] w[N,K]^T (+ bias[N]), bfloat16 in and out, float32 sums.
+/* The base's GEMM: y[M,N] = x[M,K] w[N,K]^T (+ bias[N]), bfloat16 in and out, float32 sums.
  *
  * A decode step reads every weight once and does little with it, so the kernel is a stream through memory. The weights are
  * packed once as [N/16][K/2][16][2]: sixteen columns, pairs of k beside each other. That is at the same time one zmm
  * register per pair for VDPBF16PS and sixteen rows of an AMX tile for TDPBF16PS, and one block of sixteen columns is
  * one sequential read. K is padded with zeros to a multiple of 32 (an AMX tile), N to one of 16.
+ *
+ * Many rows (AMX) are bound by arithmetic instead: columns are taken in chunks whose weights stay in the second-level cache, inside
+ * a chunk 32 rows at a time over all its columns, so that rows of x stay in the first level and rows of y are written side
+ * by side; a long K in pieces, with the sums kept between them.
  */
 #if defined(__linux__)
 #define _GNU_SOURCE
@@ -13,13 +17,21 @@
 #endif
 #include <stdlib.h>
 
-#include "loquetier.h"
+#include "amx.h"
 #if LQ_X86
 #include <cpuid.h>
 #include <immintrin.h>
 #endif
 
-enum { COLUMNS = 16, TILE_K = 32, TILE_ROWS = 16, AHEAD = 1024 /* bytes prefetched ahead of use: measured */ };
+enum {
+    COLUMNS = 16,
+    TILE_K = 32,
+    TILE_ROWS = 16,
+    AHEAD = 1024,      /* bytes prefetched ahead of use: measured */
+    MANY_ROWS = 96,    /* from here on arithmetic counts, not the reading of the weights */
+    CHUNK_BLOCKS = 20, /* blocks of columns whose weights are to stay in the second-level cache, */
+    DEPTH = 2048,      /* at most so many of K at a time: 1.3 MB */
+};
 
 typedef struct {
     const uint16_t *x, *w, *bias;
@@ -35,7 +47,7 @@ LQ_EXPORT int64_t lq_gemm_packed_size(int64_t n, int64_t k) { return padded(n, C
 typedef struct {
     const uint16_t *w;
     uint16_t *out;
-    int64_t n, k;
+    int64_t n, k, n_stride, k_stride;
 } Pack;
 
 static void pack_blocks(int64_t begin, int64_t end, void *context) {
@@ -47,14 +59,14 @@ static void pack_blocks(int64_t begin, int64_t end, void *context) {
             for (int64_t c = 0; c < COLUMNS; c++) {
                 int64_t column = block * COLUMNS + c;
                 int inside = column < p->n && k < p->k;
-                out[(k / 2) * 2 * COLUMNS + 2 * c + (k & 1)] = inside ? p->w[column * p->k + k] : 0;
+                out[(k / 2) * 2 * COLUMNS + 2 * c + (k & 1)] = inside ? p->w[column * p->n_stride + k * p->k_stride] : 0;
             }
     }
 }
 
-/* w: [n, k] row by row; out: lq_gemm_packed_size elements, 64-byte aligned. */
-LQ_EXPORT void lq_gemm_pack(const uint16_t *w, uint16_t *out, int64_t n, int64_t k) {
-    Pack pack = {w, out, n, k};
+/* w: [n, k], strides in elements (so also the transpose of a matrix); out: lq_gemm_packed_size elements, 64-byte aligned. */
+LQ_EXPORT void lq_gemm_pack(const uint16_t *w, uint16_t *out, int64_t n, int64_t k, int64_t n_stride, int64_t k_stride) {
+    Pack pack = {w, out, n, k, n_stride, k_stride};
     lq_parallel_for(padded(n, COLUMNS) / COLUMNS, 1, pack_blocks, &pack);
 }
 
@@ -69,7 +81,6 @@ LQ_EXPORT void lq_advise_huge(void *start, int64_t bytes) {
 }
 
 #if LQ_X86
-#define LQ_TARGET_AMX __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")))
 
 /* ---- AVX512_BF16 ---- */
 
@@ -123,24 +134,6 @@ LQ_TARGET_AVX512 static void blocks_avx512(int64_t begin, int64_t end, void *con
 }
 
 /* ---- AMX ---- */
-
-typedef struct {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t bytes_per_row[16];
-    uint8_t rows[16];
-} TileConfig;
-
-/* Tiles 0-3 hold sums, 4 and 5 rows of x (first and second sixteen), 6 and 7 weights. Returns nothing to undo. */
-LQ_TARGET_AMX static void configure(int64_t first_rows, int64_t second_rows) {
-    TileConfig config = {.palette = 1};
-    for (int tile = 0; tile < 8; tile++) {
-        int second = tile == 2 || tile == 3 || tile == 5;
-        config.bytes_per_row[tile] = 64;
-        config.rows[tile] = (uint8_t)(tile >= 6 ? 16 : second ? second_rows : first_rows);
-    }
-    __asm__ volatile("" : : "r"(&config) : "memory"); /* gcc's intrinsic says that it reads the first 8 bytes only */
-    _tile_loadconfig(&config);
-}
 
 LQ_TARGET_AMX static inline void store_tile(const Gemm *g, int64_t row, int64_t rows, int64_t block,
                                             const float *sums) {
@@ -206,13 +199,86 @@ LQ_TARGET_AMX static void tile_2x2(const Gemm *g, int64_t row, int64_t rows, int
     store_tile(g, row + TILE_ROWS, rows - TILE_ROWS, block + 1, sums[3]);
 }
 
+/* 32 rows, two blocks of columns, depth [from, to) of K. Sums of the depth before come from `kept` [32, ld], and go there
+ * (to a bfloat16 row of y when this is the last of K). Nothing of the weights is prefetched: they are in the cache. */
+LQ_TARGET_AMX static inline void tile_piece(const Gemm *g, int64_t row, int64_t block, int64_t from, int64_t to,
+                                            float *kept, int64_t ld) {
+    const uint16_t *w = g->w + block * COLUMNS * g->padded_k, *w2 = w + COLUMNS * g->padded_k;
+    const uint16_t *x = g->x + row * g->ldx, *x2 = x + TILE_ROWS * g->ldx;
+    _Alignas(64) float sums[2 * TILE_ROWS * 2 * COLUMNS];
+    int last = to == g->padded_k;
+    if (from == 0) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    } else {
+        _tile_loadd(0, kept, ld * 4);
+        _tile_loadd(1, kept + COLUMNS, ld * 4);
+        _tile_loadd(2, kept + TILE_ROWS * ld, ld * 4);
+        _tile_loadd(3, kept + TILE_ROWS * ld + COLUMNS, ld * 4);
+    }
+    for (int64_t k = from; k < to; k += TILE_K) {
+        _tile_loadd(4, x + k, g->ldx * 2);
+        _tile_loadd(6, w + k * COLUMNS, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, w2 + k * COLUMNS, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, x2 + k, g->ldx * 2);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    if (last) kept = sums, ld = 2 * COLUMNS;
+    _tile_stored(0, kept, ld * 4);
+    _tile_stored(1, kept + COLUMNS, ld * 4);
+    _tile_stored(2, kept + TILE_ROWS * ld, ld * 4);
+    _tile_stored(3, kept + TILE_ROWS * ld + COLUMNS, ld * 4);
+    if (!last) return;
+    int whole = (block + 2) * COLUMNS <= g->n && g->bias == NULL;
+    for (int64_t i = 0; i < 2 * TILE_ROWS; i++) {
+        __m512 low = _mm512_load_ps(sums + i * 2 * COLUMNS), high = _mm512_load_ps(sums + i * 2 * COLUMNS + COLUMNS);
+        if (whole) {
+            uint16_t *y = g->y + (row + i) * g->ldy + block * COLUMNS;
+            _mm512_storeu_si512(y, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        } else {
+            store_row(g, row + i, block, low);
+            store_row(g, row + i, block + 1, high);
+        }
+    }
+}
+
+/* All whole 32s of many rows, an even number of blocks. Returns the rows done, or 0 when memory ran out. */
+LQ_TARGET_AMX static int64_t many_rows(const Gemm *g, int64_t begin, int64_t end) {
+    int64_t rows = g->rows / (2 * TILE_ROWS) * (2 * TILE_ROWS), ld = CHUNK_BLOCKS * COLUMNS;
+    float *kept = NULL;
+    if (g->padded_k > DEPTH) {
+        kept = aligned_alloc(64, (size_t)(rows * ld) * sizeof *kept);
+        if (kept == NULL) return 0;
+    }
+    configure(TILE_ROWS, TILE_ROWS);
+    for (int64_t chunk = begin; chunk < end; chunk += CHUNK_BLOCKS) {
+        int64_t stop = chunk + CHUNK_BLOCKS < end ? chunk + CHUNK_BLOCKS : end;
+        for (int64_t from = 0; from < g->padded_k; from += DEPTH) {
+            int64_t to = from + DEPTH < g->padded_k ? from + DEPTH : g->padded_k;
+            for (int64_t row = 0; row < rows; row += 2 * TILE_ROWS)
+                for (int64_t block = chunk; block < stop; block += 2)
+                    tile_piece(g, row, block, from, to,
+                               kept == NULL ? NULL : kept + row * ld + (block - chunk) * COLUMNS, ld);
+        }
+    }
+    free(kept);
+    return rows;
+}
+
 /* Rows of one piece of columns: as many as possible by 32, the rest by what is left. */
 LQ_TARGET_AMX static void blocks_amx(int64_t begin, int64_t end, void *context) {
     const Gemm *g = context;
     int64_t configured = 0; /* rows of the last loadconfig */
+    int64_t pairs_end = begin + (end - begin) / 2 * 2, done = 0;
+    if (g->rows >= MANY_ROWS) done = many_rows(g, begin, pairs_end);
     for (int64_t block = begin; block < end; block += 2) {
         int64_t pair = end - block > 1;
-        for (int64_t row = 0, rows; row < g->rows; row += rows) {
+        for (int64_t row = pair ? done : 0, rows; row < g->rows; row += rows) {
             rows = g->rows - row;
             if (rows > TILE_ROWS && pair) {
                 rows = rows > 2 * TILE_ROWS ? 2 * TILE_ROWS : rows;
