@@ -11,10 +11,10 @@ PIP_INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 # The stamp carries a checksum of what decides the installation: same files, nothing to do.
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: help install demo serve test test-kernels test-triton sanitize wheel crash check fix bench bench-peers learning
+.PHONY: help install demo serve test test-kernels test-triton sanitize wheel crash zipf check fix bench bench-peers learning
 
 help:
-	@echo "make install | demo | serve | test | test-triton | sanitize | wheel | crash | check | fix | bench | bench-peers | learning"
+	@echo "make install | demo | serve | test | test-triton | sanitize | wheel | crash | zipf | check | fix | bench | bench-peers | learning"
 
 install: $(STAMP)
 
@@ -72,6 +72,10 @@ wheel: install
 # Kills a training job 200 times and compares what it ends with; `make test` has a sample of 20.
 crash: install
 	$(BIN)/python -m pytest -q -m crash_full tests/crash
+
+# A thousand adapters with room for eight, 10,000 requests by Zipf's law; every answer is checked. `make test` has a small one.
+zipf: install
+	$(BIN)/python -m tests.scale.zipf
 
 check: install
 	$(BIN)/ruff check .

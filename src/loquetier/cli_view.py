@@ -99,7 +99,7 @@ def adapter_table(versions: list[dict[str, Any]]) -> Table:
     for name in columns:
         table.add_column(name)
     for one in sorted(versions, key=lambda v: (str(v.get("lora_name")), v.get("version") or 0)):
-        marks = ["yes" if one.get(name) else "" for name in columns[1:3]]
+        marks = ["yes" if one.get(name) else "-" for name in columns[1:3]]
         rest = [one.get(name) for name in columns[3:]]
         cells = [str(one.get("id")), *marks, *("" if value is None else str(value) for value in rest)]
         table.add_row(*(Text(printable(cell)) for cell in cells))

@@ -332,6 +332,15 @@ class EngineConfig:
     keep_versions: int = 0
     """Versions of each adapter before the live one that stay in memory, to roll back to or to be asked for as
     ``name@number``. They are given up, oldest first, when adapter_memory is needed for something else."""
+    adapter_patience: float = 0.5
+    """Seconds that a request waits for its adapter while others keep all of adapter_memory busy; then some of them get
+    no new requests until it has had its turn."""
+    host_adapter_memory: int | None = None
+    """Bytes of host memory for adapters that are not in adapter_memory, ready to be copied in; the others are read from
+    their files. None = as much as adapter_memory on a GPU, nothing on a CPU, where raising adapter_memory does more."""
+    adapter_spill: str | None = None
+    """Directory in which versions that training published are saved when adapter_memory is needed for others; None =
+    they stay in adapter_memory as long as they answer."""
 
     def __post_init__(self) -> None:
         _check(self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype, "must be auto, float32 or bfloat16")
@@ -373,6 +382,19 @@ class EngineConfig:
                 value,
                 f"must be at least {MIB} bytes, or None",
             )
+        _check(_in(self.adapter_patience, 0, 3600), "adapter_patience", self.adapter_patience, "must be in [0, 3600]")
+        _check(
+            self.host_adapter_memory is None or (_is_int(self.host_adapter_memory) and self.host_adapter_memory >= 0),
+            "host_adapter_memory",
+            self.host_adapter_memory,
+            "must be an integer >= 0, or None",
+        )
+        _check(
+            self.adapter_spill is None or (isinstance(self.adapter_spill, str) and bool(self.adapter_spill)),
+            "adapter_spill",
+            self.adapter_spill,
+            "must be a directory's path, or None",
+        )
         _check(
             self.step_time_budget is None or (_in(self.step_time_budget, 0, 1e6) and self.step_time_budget > 0),
             "step_time_budget",
@@ -423,6 +445,9 @@ def resolve(config: EngineConfig, hardware: Hardware) -> EngineConfig:
     kv_memory = config.kv_memory or max(MIB, min(cap, hardware.free_memory // 4))
     adapter_memory = config.adapter_memory or max(MIB, min(cap // 2, hardware.free_memory // 8))
     train_memory = config.train_memory or max(MIB, hardware.free_memory // 4)
+    host_memory = config.host_adapter_memory
+    if host_memory is None:
+        host_memory = adapter_memory if on_gpu else 0
     return replace(
         config,
         device=device,
@@ -431,4 +456,5 @@ def resolve(config: EngineConfig, hardware: Hardware) -> EngineConfig:
         kv_memory=kv_memory,
         adapter_memory=adapter_memory,
         train_memory=train_memory,
+        host_adapter_memory=host_memory,
     )

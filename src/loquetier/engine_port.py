@@ -65,8 +65,16 @@ class EnginePort:
         return self._engine.base.loaded.eos_token_ids
 
     def versions(self) -> tuple[AdapterVersion, ...]:
-        """Every adapter version in memory, live and kept, as of now; one atomic copy, which waits for no step."""
+        """Every adapter version, live and kept, as of now; one atomic copy, which waits for no step."""
         return tuple(self._engine.registry.versions)
+
+    def find(self, model: str) -> AdapterVersion | None:
+        """The adapter version that `model` (a name, or ``name@number``) means now; waits for no step."""
+        return self._engine.registry.find(model)
+
+    def is_pinned(self, name: str) -> bool:
+        """Whether an adapter must stay in memory."""
+        return name in self._engine.registry.pinned
 
     def add(
         self,

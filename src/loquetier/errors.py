@@ -76,6 +76,19 @@ class AdapterInUseError(LoquetierError, RuntimeError):
     status = 400
 
 
+class AdapterUnavailableError(LoquetierError, RuntimeError):
+    """A registered version is not in memory, and its files cannot be read any more."""
+
+    code = "adapter_unavailable"
+    status = 503
+
+
+class AdapterChangedError(AdapterUnavailableError):
+    """The files of a version hold other weights than when it was loaded; they are not served under its number."""
+
+    code = "adapter_changed"
+
+
 class OutOfAdapterMemoryError(LoquetierError, MemoryError):
     """The adapter arena has no room; the message gives needed, free and total bytes."""
 

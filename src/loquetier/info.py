@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from loquetier.adapters.spec import AdapterSpec
 from loquetier.engine.engine import Totals
+from loquetier.engine.residency import ResidencyTotals
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +17,7 @@ class AdapterInfo:
     version: int
     num_modules: int
     num_bytes: int
-    """In the arena."""
+    """In the arena, while it is there."""
     num_users: int
     """Requests running on it now."""
     spec: AdapterSpec
@@ -24,6 +25,10 @@ class AdapterInfo:
     """Of the chat template and tokenizer that it was trained under; None = whoever wrote it did not say."""
     template_differs: bool = False
     """It was trained under another template or tokenizer than this base's: its chat prompts are new to it."""
+    is_resident: bool = True
+    """Its weights are in the arena; if not, they come in with the first request."""
+    is_pinned: bool = False
+    """It stays there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,10 @@ class RuntimeStats:
     """Seconds of the slowest publish."""
     publish_bytes: int
     """Bytes of weights that publishing copied, over all publishes."""
+    adapters: ResidencyTotals
+    """What came into the arena and left it."""
+    adapters_resident: int
+    """Versions in the arena now."""
     prefix_queries: int = 0
     """Tokens of admitted sequences that could have been in the prefix cache, each sequence once."""
     prefix_hits: int = 0

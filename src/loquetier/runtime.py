@@ -7,18 +7,20 @@ import logging
 import math
 import os
 import queue
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import aclosing, suppress
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from types import TracebackType
 
 import torch
 
-from loquetier.adapters.peft_io import read_adapter
+from loquetier.adapters.packed import PackedAdapter
+from loquetier.adapters.peft_io import read_layout
 from loquetier.adapters.peft_write import write_adapter
-from loquetier.adapters.registry import check_name
+from loquetier.adapters.registry import AdapterVersion, check_name
 from loquetier.adapters.spec import AdapterSpec, LoraSpec
 from loquetier.arguments import Data, Prompt, checkpoint_config, encode_prompt, given, given_spec, path_of, records_of
 from loquetier.base.hardware import detect_hardware
@@ -26,7 +28,9 @@ from loquetier.base.loading import load_base
 from loquetier.base.model import Base
 from loquetier.checkpointing import CheckpointSaver, NewJob
 from loquetier.config import EngineConfig, SamplingParams, TrainingConfig, resolve
+from loquetier.engine.background import Threads
 from loquetier.engine.engine import Engine
+from loquetier.engine.hold import Hold
 from loquetier.engine.loop import EngineLoop
 from loquetier.engine.request import Request, TokenEvent
 from loquetier.engine_port import EnginePort
@@ -87,6 +91,7 @@ class Runtime:
         self.base_name = loaded.name
         self.tokenizer = loaded.tokenizer
         self._loop = EngineLoop(self._engine)
+        self._engine.residency.files.background = self._background = Threads(self._loop.submit)
         self._savers: list[tuple[CheckpointSaver, FinetuneJob]] = []
         try:
             for name, directory in (adapters or {}).items():
@@ -103,6 +108,7 @@ class Runtime:
         with suppress(EngineStoppedError):  # closed before, or died: then there is nothing good to save
             self._loop.call(self._save_jobs)
         self._loop.stop()
+        self._background.close()
         for saver, _ in self._savers:
             saver.close()
 
@@ -137,34 +143,84 @@ class Runtime:
     def load_adapter(self, name: str, directory: str | os.PathLike[str], *, replace: bool = False) -> AdapterInfo:
         """Read a PEFT directory and serve it as `name`. Reading and checking run outside the engine's thread.
 
+        Thousands may be loaded: those that `adapter_memory` has no room for are brought in when they are asked for,
+        from this directory, which must hold the same weights then.
+
         With `replace`, also over an adapter of that name: a new version, while requests under way end on the old one.
 
         Raises:
             AdapterError: malformed, not honoured, or not for this base. AdapterExistsError, OutOfAdapterMemoryError.
             In every case nothing has changed.
         """
-        base = self._engine.base
         check_name(name)
-        limit = 4 * self._engine.arena.total_bytes  # float32 on disk takes more than the arena's own dtype
-        weights = read_adapter(path_of(directory), base.targets, base_names=(base.name,), max_bytes=limit)
-        if self._template_differs(weights.template_fingerprint):
+        source = path_of(directory).absolute()
+        return self.add_adapter(name, self.read_adapter(source), source, replace=replace)
+
+    def read_adapter(self, directory: Path) -> PackedAdapter:
+        """Read and check a PEFT directory as `load_adapter` does, without serving it. On the caller's thread."""
+        return self._engine.residency.files.packer.read(directory)
+
+    def add_adapter(
+        self, name: str, packed: PackedAdapter, source: Path, *, replace: bool = False, number: int | None = None
+    ) -> AdapterInfo:
+        """Serve what `read_adapter` gave. Raises as `load_adapter`.
+
+        Args:
+            source: the directory; its files must stay as they are.
+            number: of the version, higher than all before; None = the next one.
+        """
+        base, engine = self._engine.base, self._engine
+        if self._template_differs(packed.template_fingerprint):
             log.warning(
                 "adapter %s was trained under another chat template or tokenizer (%.80s) than the base %s has (%s): "
                 "chat prompts are not those it was trained on",
                 name,
-                weights.template_fingerprint,
+                packed.template_fingerprint,
                 base.name,
                 self.template_fingerprint,
             )
 
         def load() -> AdapterInfo:
-            if self._engine.jobs.find(name) is not None:
+            if engine.jobs.find(name) is not None:
                 raise AdapterExistsError(f"a job is training {name!r}; cancel it first, or choose another name")
-            note = weights.template_fingerprint
-            self._engine.adapters.load(name, weights.spec, weights.modules, weights.factors, note, replace=replace)
+            engine.adapters.add(name, packed, source, replace=replace, number=number)
             return self._info(name)
 
         return self._loop.call(load)
+
+    def register_adapter(self, name: str, number: int, directory: Path, digest: str) -> None:
+        """Have a version of an earlier run answer as ``name@number`` again, and as `name` if it is the newest.
+
+        Only the config and the header are read; the weights come in with the first request, if the files still have
+        this digest (as `export_adapter` gave it). Raises as `load_adapter`.
+        """
+        check_name(name)
+        layout = read_layout(directory, self._engine.base.targets)
+        self._loop.call(lambda: self._engine.adapters.register(name, number, layout, directory, digest))
+
+    def number_after(self, name: str, number: int) -> int:
+        """Give the next version of `name` a higher number than `number`, and than any before; returns the last one."""
+
+        def last() -> int:
+            self._engine.registry.number_after(name, number)
+            return self._engine.registry.last_number(name)
+
+        return self._loop.call(last)
+
+    def on_swapped_in(self, tell: Callable[[float], object]) -> None:
+        """Have `tell` called, on the engine's thread, with the seconds that each version took to come into memory."""
+        self._engine.residency.loaded = tell
+
+    def on_forgotten(self, tell: Callable[[Path], object]) -> None:
+        """Have `tell` called, on a background thread, with the directory of a version that nothing needs any more."""
+        files = self._engine.residency.files
+
+        def forgotten(version: AdapterVersion) -> None:
+            source = version.source
+            if source is not None:
+                files.background.submit(lambda: tell(source), lambda result: None)
+
+        self._engine.residency.forgotten = forgotten
 
     def unload_adapter(self, name: str) -> int:
         """Stop serving `name` at once; requests under way end on it. Returns the bytes that are or will be freed.
@@ -178,9 +234,9 @@ class Runtime:
         def unload() -> int:
             if self._engine.jobs.find(name) is not None:
                 raise AdapterInUseError(f"a job is training {name!r} and would publish it again; cancel it first")
-            num_bytes = self._info(name).num_bytes if name in self._engine.registry.names else 0
+            there = [v for v in self._engine.registry.versions if v.name == name and v.slot >= 0]
             self._engine.adapters.unload(name)
-            return num_bytes
+            return sum(v.num_bytes for v in there if not v.is_live)
 
         return self._loop.call(unload)
 
@@ -188,13 +244,78 @@ class Runtime:
         """The adapters that answer now."""
         return self._loop.call(lambda: [self._info(name) for name in self._engine.registry.names])
 
+    def pin_adapter(self, name: str, *, wait: bool = True) -> AdapterInfo:
+        """Bring the live version of `name` into the arena and keep it there, also the versions that follow it.
+
+        Returns when it is there, or at once without `wait`.
+
+        Raises:
+            AdapterNotFoundError, AdapterUnavailableError, OutOfAdapterMemoryError: nothing is pinned.
+        """
+        engine, there = self._engine, Future[None]()
+
+        def done(error: LoquetierError | None) -> None:
+            if error is None:
+                there.set_result(None)
+            else:
+                if engine.registry.find(name) is not None:
+                    engine.registry.set_pinned(name, False)
+                there.set_exception(error)
+
+        def pin() -> None:
+            self._info(name)
+            engine.residency.preload(name, done)
+            engine.registry.set_pinned(name, True)
+
+        self._loop.call(pin)
+        if wait:
+            there.result()
+        return self.adapter(name)
+
+    def unpin_adapter(self, name: str) -> AdapterInfo:
+        """Let `name` leave the arena again when others need it. Raises AdapterNotFoundError."""
+
+        def unpin() -> AdapterInfo:
+            self._engine.registry.set_pinned(name, False)
+            self._engine.residency.look_again()
+            return self._info(name)
+
+        return self._loop.call(unpin)
+
     def adapter(self, name: str) -> AdapterInfo:
         """One adapter that answers now. Raises AdapterNotFoundError."""
         return self._loop.call(lambda: self._info(name))
 
     def digest(self, model: str) -> str:
         """sha256 of a served version's layout and weights, the same for equal weights in any runtime."""
-        return self._loop.call(lambda: self._engine.adapters.digest(model))
+        with self._in_memory(model):
+            return self._loop.call(lambda: self._engine.adapters.digest(model))
+
+    @contextmanager
+    def _in_memory(self, model: str) -> Iterator[None]:
+        """Keep a version in the arena; waits until it is there.
+
+        Raises:
+            AdapterUnavailableError, OutOfAdapterMemoryError.
+        """
+        residency, there = self._engine.residency, Future[None]()
+
+        def begin() -> Hold:
+            hold = residency.acquire(model)
+            try:
+                residency.start(hold, lambda: there.set_result(None), there.set_exception)
+            except BaseException:
+                residency.drop(hold)
+                raise
+            return hold
+
+        hold = self._loop.call(begin)
+        try:
+            there.result()
+            yield
+        finally:
+            with suppress(EngineStoppedError):
+                self._loop.call(lambda: residency.drop(hold))
 
     def versions(self, name: str) -> list[int]:
         """Numbers of the versions of `name` in memory, the live one included. Raises AdapterNotFoundError."""
@@ -217,6 +338,7 @@ class Runtime:
 
         def back() -> AdapterInfo:
             self._engine.registry.rollback(name, number)
+            self._engine.residency.keep_pins()
             return self._info(name)
 
         return self._loop.call(back)
@@ -228,7 +350,8 @@ class Runtime:
             AdapterNotFoundError: no such model. ConfigError: it is the base. AdapterError: the directory exists or
                 cannot be written. InsufficientStorageError: the disk is full. Nothing is left behind.
         """
-        version, modules, factors = self._loop.call(lambda: self._engine.adapters.factors(model))
+        with self._in_memory(model):
+            version, modules, factors = self._loop.call(lambda: self._engine.adapters.factors(model))
         try:
             return write_adapter(
                 path_of(directory),
@@ -247,18 +370,19 @@ class Runtime:
 
     def _info(self, name: str) -> AdapterInfo:
         version = self._engine.registry.resolve(name)
-        if version.slot < 0:
+        if version.is_base:
             raise ConfigError(f"{name!r} is the base, not an adapter")
-        arena = self._engine.arena
         return AdapterInfo(
             name,
             version.number,
-            len(arena.modules(version.slot)),
-            arena.slot_bytes(version.slot),
+            len(version.modules),
+            version.num_bytes,
             version.users,
             version.spec,
             version.template_fingerprint,
             self._template_differs(version.template_fingerprint),
+            is_resident=version.is_resident,
+            is_pinned=self._engine.registry.is_pinned(version),
         )
 
     @cached_property
@@ -497,7 +621,7 @@ class Runtime:
             totals=replace(engine.totals),
             tokens_generated=engine.serving.tokens_generated,
             num_running=engine.scheduler.num_running,
-            num_waiting=engine.scheduler.num_waiting,
+            num_waiting=engine.scheduler.num_waiting + engine.residency.num_waiting,
             kv_pages_free=engine.scheduler.pages.num_available,
             kv_pages=engine.allocator.num_pages,
             arena_bytes_free=engine.arena.free_bytes,
@@ -508,6 +632,8 @@ class Runtime:
             publish_bytes=engine.jobs.publish_bytes,
             prefix_queries=engine.scheduler.pages.num_queried,
             prefix_hits=engine.scheduler.pages.num_hit,
+            adapters=replace(engine.residency.totals),
+            adapters_resident=sum(v.is_resident for v in engine.registry.versions),
         )
 
     def check_integrity(self) -> None:

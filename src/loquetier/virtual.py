@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 from loquetier.arguments import Prompt
@@ -72,15 +73,21 @@ def detach_adapter(runtime: Runtime, name: str) -> AdapterImage:
     """`VirtualModel.detach` by name. The image remembers whether the job was running or paused."""
     loop, engine = runtime._loop, runtime._engine
     was = loop.call(lambda: _pause(runtime, name))
-    while True:
-        try:
-            image = loop.call(lambda: detach(engine, name))
-            break
-        except AdapterInUseError:
-            continue  # each call waits for a step of the engine, which runs the open tape to its end
+    is_served = loop.call(lambda: engine.registry.find(name) is not None)
+    with runtime._in_memory(name) if is_served else nullcontext():
+        image = _detached(runtime, name)
     if image.job is None or was is None:
         return image
     return replace(image, job=replace(image.job, status=was))
+
+
+def _detached(runtime: Runtime, name: str) -> AdapterImage:
+    loop, engine = runtime._loop, runtime._engine
+    while True:
+        try:
+            return loop.call(lambda: detach(engine, name))
+        except AdapterInUseError:
+            continue  # each call waits for a step of the engine, which runs the open tape to its end
 
 
 def _pause(runtime: Runtime, name: str) -> JobStatus | None:

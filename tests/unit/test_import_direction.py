@@ -64,6 +64,7 @@ TORCHLESS = (
     "loquetier.engine.blocks",
     "loquetier.engine.prefix",
     "loquetier.engine.policy",
+    "loquetier.engine.residency_policy",
     "loquetier.engine.cost",
     "loquetier.engine.stopping",
 )

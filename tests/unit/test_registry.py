@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
-from loquetier.adapters.registry import AdapterRegistry, AdapterVersion, check_name
+from loquetier.adapters.registry import ABSENT_SLOT, AdapterRegistry, AdapterVersion, check_name
 from loquetier.adapters.spec import LoraSpec
 from loquetier.engine.rows import BASE_SLOT
 from loquetier.errors import AdapterExistsError, AdapterNotFoundError, ConfigError, IntegrityError
@@ -74,7 +74,7 @@ class RegistryMachine(RuleBasedStateMachine):
         if not self.made:
             return
         wanted = data.draw(st.sampled_from(self.made))
-        if wanted.name not in self.live or wanted.slot in self.freed:
+        if wanted.name not in self.live or wanted.slot == ABSENT_SLOT:
             with pytest.raises(AdapterNotFoundError):
                 self.registry.rollback(wanted.name, wanted.number)
             return
@@ -87,11 +87,11 @@ class RegistryMachine(RuleBasedStateMachine):
     @rule()
     def make_room(self) -> None:
         idle = [v for v in self.kept if not self.users.get(v, 0)]
-        assert self.registry.drop_oldest_kept() is bool(idle)
-        if idle:
-            dropped = [v for v in idle if v.slot in self.freed]
-            assert len(dropped) == 1, "one slot, no more"
-            self.kept.remove(dropped[0])
+        for version in idle[:1]:
+            slot = version.slot
+            self.registry.drop(version)
+            assert self.freed[-1] == slot
+            self.kept.remove(version)
 
     @rule(target=acquired, name=names)
     def acquire(self, name: str) -> AdapterVersion | None:
@@ -109,7 +109,7 @@ class RegistryMachine(RuleBasedStateMachine):
         if not self.made:
             return None
         wanted = data.draw(st.sampled_from(self.made))
-        if wanted.slot in self.freed:
+        if wanted.slot == ABSENT_SLOT:
             with pytest.raises(AdapterNotFoundError):
                 self.registry.acquire(wanted.label)
             return None
@@ -129,8 +129,10 @@ class RegistryMachine(RuleBasedStateMachine):
             return
         self.registry.check_integrity()
         assert len(set(self.freed)) == len(self.freed), "a slot was freed twice"
-        alive = {v.slot for v in self.made if v in (*self.live.values(), *self.kept) or self.users.get(v, 0)}
-        assert set(self.freed) == {v.slot for v in self.made} - alive
+        alive = {
+            slot for slot, v in enumerate(self.made) if v in (*self.live.values(), *self.kept) or self.users.get(v, 0)
+        }
+        assert set(self.freed) == set(range(len(self.made))) - alive
         assert {v.slot for v in self.registry.versions} == alive
         assert set(self.registry.names) == self.live.keys()
         for name in NAMES:

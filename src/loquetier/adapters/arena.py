@@ -10,7 +10,7 @@ budget is bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +92,9 @@ def factor_views(flat: Tensor, modules: Iterable[ModulePlan], derived: Tensor | 
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
+class Run:
+    """Elements of the buffer, by place."""
+
     start: int
     size: int
 
@@ -117,8 +119,8 @@ class Arena:
         # Uninitialised memory costs nothing on a CPU until a slot is written.
         size = num_bytes // self.itemsize // ALIGN * ALIGN
         self._buffer = on_huge_pages(torch.empty(size, dtype=dtype, device=device))
-        self._free: list[_Run] = [_Run(0, self._buffer.numel())]
-        self._runs: dict[int, _Run] = {}
+        self._free: list[Run] = [Run(0, self._buffer.numel())]
+        self._runs: dict[int, Run] = {}
         self._modules: dict[int, tuple[ModulePlan, ...]] = {}
         self._next_slot = 0
         self._spare_views: dict[int, tuple[tuple[ModulePlan, ...], dict[int, Any]]] = {}
@@ -132,8 +134,10 @@ class Arena:
         """slot -> module index -> views: what the method's kernels read."""
         self.methods: dict[int, Method] = {}
         """slot -> its method."""
-        self.reclaim: Callable[[], bool] = lambda: False
-        """Asked for a slot less when memory runs out; False when nothing can be given up."""
+        self.reclaim: Callable[[int], bool] = lambda size: False
+        """Asked for room for so many elements when there is none; False when nothing can be given up."""
+        self.claimed: Callable[[], Sequence[Run]] = lambda: ()
+        """Places that somebody waits for: taken last."""
 
     @property
     def total_bytes(self) -> int:
@@ -145,18 +149,19 @@ class Arena:
         """Bytes not owned by a slot (not necessarily in one piece)."""
         return sum(r.size for r in self._free) * self.itemsize
 
-    def allocate(self, modules: tuple[ModulePlan, ...], *, zeroed: bool = True) -> int:
+    def allocate(self, modules: tuple[ModulePlan, ...], *, zeroed: bool = True, at: int | None = None) -> int:
         """Reserve a slot for these modules. Slot numbers are never reused.
 
         Args:
             zeroed: False when the caller overwrites all of it at once (publish).
+            at: the element where it must begin, inside a free run; None = wherever there is room.
 
         Raises:
             OutOfAdapterMemoryError: no free run is long enough; nothing changed.
         """
         method, derived, size = slot_method(modules), num_derived(modules), slot_elements(modules)
-        run = self._find(size)
-        while run is None and self.reclaim():
+        run = self._find(size) if at is None else self._free_at(at, size)
+        while run is None and at is None and self.reclaim(size):
             run = self._find(size)
         if run is None:
             largest = max((r.size for r in self._free), default=0) * self.itemsize
@@ -164,10 +169,12 @@ class Arena:
                 f"adapter needs {size * self.itemsize} bytes; the arena has {self.free_bytes} of "
                 f"{self.total_bytes} bytes free (largest piece {largest}). Unload an adapter or raise adapter_memory."
             )
-        rest = [_Run(run.start + size, run.size - size)] if run.size > size else []
-        self._free = sorted([*(r for r in self._free if r is not run), *rest], key=lambda r: r.start)
+        before = [] if at is None or at == run.start else [Run(run.start, at - run.start)]
+        whole, run = run, run if at is None else Run(at, run.start + run.size - at)
+        rest = [Run(run.start + size, run.size - size)] if run.size > size else []
+        self._free = sorted([*(r for r in self._free if r is not whole), *before, *rest], key=lambda r: r.start)
         slot, self._next_slot = self._next_slot, self._next_slot + 1
-        self._runs[slot], self._modules[slot] = _Run(run.start, size), modules
+        self._runs[slot], self._modules[slot] = Run(run.start, size), modules
         if zeroed:
             self._buffer[run.start : run.start + size].zero_()
         self.factors[slot] = self._views_at(slot, derived)
@@ -199,8 +206,37 @@ class Arena:
         run = self._runs[slot]
         return self._buffer[run.start : run.start + run.size]
 
-    def _find(self, size: int) -> _Run | None:
-        return next((r for r in self._free if r.size >= size), None)
+    def _find(self, size: int) -> Run | None:
+        fitting = [r for r in self._free if r.size >= size]
+        claimed = self.claimed() if fitting else ()
+        unclaimed = (
+            r for r in fitting if not any(c.start < r.start + size and r.start < c.start + c.size for c in claimed)
+        )
+        return next(unclaimed, fitting[0] if fitting else None)
+
+    def _free_at(self, start: int, size: int) -> Run | None:
+        return next((r for r in self._free if r.start <= start and start + size <= r.start + r.size), None)
+
+    def bytes_for(self, modules: tuple[ModulePlan, ...]) -> int:
+        """What a slot for these modules takes, padding included."""
+        return slot_elements(modules) * self.itemsize
+
+    @property
+    def free_runs(self) -> tuple[Run, ...]:
+        """What no slot has, in order of address."""
+        return tuple(self._free)
+
+    def run_of(self, slot: int) -> Run:
+        """Where a slot lies."""
+        return self._runs[slot]
+
+    def has_room(self, modules: tuple[ModulePlan, ...]) -> bool:
+        """Whether a slot for these modules can be had without taking anything from anybody."""
+        size, claimed = slot_elements(modules), self.claimed()
+        return any(
+            r.size >= size and not any(c.start < r.start + r.size and r.start < c.start + c.size for c in claimed)
+            for r in self._free
+        )
 
     def free(self, slot: int) -> int:
         """Give a slot back, zeroed so that no later tenant can see it; returns the bytes freed."""
@@ -250,12 +286,12 @@ def _no_base_weight(module: int) -> Tensor:
     raise IntegrityError(f"arena: module {module}'s weight is needed, and this arena has no base")
 
 
-def _coalesce(runs: list[_Run]) -> list[_Run]:
+def _coalesce(runs: list[Run]) -> list[Run]:
     """Merge neighbouring free runs; sorted by start, so that allocation is first fit from the front."""
-    merged: list[_Run] = []
+    merged: list[Run] = []
     for run in sorted(runs, key=lambda r: r.start):
         if merged and merged[-1].start + merged[-1].size == run.start:
-            merged[-1] = _Run(merged[-1].start, merged[-1].size + run.size)
+            merged[-1] = Run(merged[-1].start, merged[-1].size + run.size)
         else:
             merged.append(run)
     return merged

@@ -34,7 +34,7 @@ from loquetier.errors import (
     UnsupportedAdapterError,
 )
 
-__all__ = ["AdapterWeights", "read_adapter", "write_adapter"]
+__all__ = ["AdapterLayout", "AdapterWeights", "read_adapter", "read_layout", "write_adapter"]
 
 _PICKLES: Final = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
 
@@ -55,6 +55,33 @@ class AdapterWeights:
     """sha256 (hex) of the weights file's bytes and the settings that decide what the adapter computes."""
     template_fingerprint: str | None = None
     """Of the chat template and tokenizer that it was trained under, if whoever wrote it said so."""
+
+
+@dataclass(frozen=True)
+class AdapterLayout:
+    """What an adapter is, without its weights."""
+
+    spec: AdapterSpec
+    modules: tuple[ModulePlan, ...]
+    template_fingerprint: str | None = None
+
+
+def read_layout(directory: Path, targets: Sequence[LinearTarget]) -> AdapterLayout:
+    """`read_adapter` without reading the weights: config, header, names and shapes. Raises as that does."""
+    with _open_regular(directory, CONFIG_NAME) as (file, size):
+        if size > MAX_CONFIG_BYTES:
+            raise AdapterError(f"{CONFIG_NAME} has {size} bytes; the limit is {MAX_CONFIG_BYTES}")
+        config = parse_config(file.read(MAX_CONFIG_BYTES + 1))
+    try:
+        spec, modules = _resolve(config.spec, targets, allow_partial=False)
+        with _open_regular(directory, WEIGHTS_NAME) as (file, size):
+            header = read_header(file, size)
+            check_tensors(header.tensors, modules, allow_partial=False)
+    except ConfigError as error:
+        raise AdapterError(f"{CONFIG_NAME}: {error}") from error
+    return AdapterLayout(
+        _original_targets(spec, modules, targets, header), modules, header.metadata.get(TEMPLATE_METADATA) or None
+    )
 
 
 def read_adapter(

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from loquetier.adapters.registry import AdapterRegistry, AdapterVersion
 from loquetier.adapters.spec import ModulePlan
 from loquetier.base.model import Base
 from loquetier.config import EngineConfig
+from loquetier.engine.hold import Hold, HoldState
+from loquetier.engine.residency import Residency
 from loquetier.engine.trainer import Trainer
 from loquetier.errors import IntegrityError, OutOfAdapterMemoryError, OutOfTrainMemoryError
 from loquetier.training.job import FinetuneJob, JobImage
@@ -31,7 +32,7 @@ class Ticket:
     job: FinetuneJob
     modules: tuple[ModulePlan, ...]
     needs: MemoryNeeds
-    source: AdapterVersion | None = None
+    source: Hold | None = None
     """It continues from this version, which stays resident until it has."""
     image: JobImage | None = None
     """It goes on from this state."""
@@ -46,7 +47,7 @@ class Admission:
     """The queue, what the running jobs take, and what is left."""
 
     trainer: Trainer
-    registry: AdapterRegistry
+    residency: Residency
     model: MemoryModel
     """What training takes on this base with these settings."""
     tell: Callable[[FinetuneJob], None] = lambda job: None
@@ -87,7 +88,7 @@ class Admission:
             OutOfAdapterMemoryError, OutOfTrainMemoryError: it would not, with the numbers and the ways out.
         """
         arena, estimate = self.trainer.arena, ticket.needs.estimate
-        source = 0 if ticket.source is None else arena.slot_bytes(ticket.source.slot)
+        source = 0 if ticket.source is None else ticket.source.version.num_bytes
         if estimate.arena + source > arena.total_bytes:
             raise OutOfAdapterMemoryError(
                 f"job {ticket.job.name!r} needs {_mib(estimate.arena + source)} of adapter memory "
@@ -134,7 +135,7 @@ class Admission:
         if ticket in self._queue:
             self._remove(ticket)
         if ticket is not None and ticket.source is not None:
-            self.registry.release(ticket.source)
+            self.residency.drop(ticket.source)
 
     def take(self) -> tuple[Ticket, int] | None:
         """The first of the queue and its new slot, if it fits now; its version to continue from is the caller's."""
@@ -172,6 +173,7 @@ class Admission:
     def _remove(self, ticket: Ticket) -> None:
         # What comes after it may fit where it did not.
         self._has_news = True
+        self.residency.want_room(0)
         self._queue = [t for t in self._queue if t is not ticket]
         ticket.job.position = None
         self._renumber()
@@ -186,13 +188,16 @@ class Admission:
         """What it still waits for; None when it fits."""
         arena, needs = self.trainer.arena, ticket.needs
         wanted = needs.estimate.slot + self._reserved((*self._admitted.values(), needs), needs.estimate.published)
-        kept = sum(arena.slot_bytes(v.slot) for v in self.registry.versions if v.is_kept and v.users == 0)
-        if arena.free_bytes + kept < wanted:
+        if ticket.source is not None and ticket.source.state is not HoldState.HELD:
+            return f"waits for {ticket.source.version.label}, which it continues from, to be loaded"
+        is_short = arena.free_bytes + self.residency.reclaimable_bytes < wanted
+        self.residency.want_room(wanted if is_short else 0)
+        if is_short:
             return (
                 f"waits for adapter memory: with what the jobs before it will publish to, {_mib(wanted)} are needed, "
                 f"and {_mib(arena.free_bytes)} of {_mib(arena.total_bytes)} are free"
             )
-        while arena.free_bytes < wanted and arena.reclaim():
+        while arena.free_bytes < wanted and self.residency.reclaim_one():
             pass
         limit = self.model.train_memory
         if limit is None:
@@ -204,6 +209,15 @@ class Admission:
             f"waits for training memory: with the jobs that run, {_mib(wanted)} are needed, and train_memory is "
             f"{_mib(limit)}"
         )
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes that the running jobs will publish to, and no adapter that is only served may take for good."""
+        return self._reserved(self._admitted.values(), 0) if self._admitted else 0
+
+    def look_again(self) -> None:
+        """What the first in the queue waited for may have come."""
+        self._has_news = True
 
     def _reserved(self, running: Iterable[MemoryNeeds], own: int) -> int:
         """Bytes that must stay free to publish to: each job's first version, and one more to replace one."""

@@ -10,14 +10,17 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from loquetier.adapters.arena import Arena
+from loquetier.adapters.packed import Packer
 from loquetier.adapters.registry import AdapterRegistry
 from loquetier.base.model import Base
 from loquetier.config import EngineConfig, SamplingParams
 from loquetier.engine.admission import Admission, memory_model
+from loquetier.engine.background import Inline
 from loquetier.engine.batch import build_batch
 from loquetier.engine.blocks import BlockAllocator
 from loquetier.engine.cost import plan_features
@@ -25,12 +28,14 @@ from loquetier.engine.jobs import Jobs
 from loquetier.engine.policy import TrainLimits
 from loquetier.engine.prefix import CacheSpace
 from loquetier.engine.request import Request, TokenEvent
+from loquetier.engine.residency import Residency
 from loquetier.engine.rows import StepPlan
 from loquetier.engine.sampler import TokenConstraint
 from loquetier.engine.scheduler import Scheduler
 from loquetier.engine.serving import Serving
 from loquetier.engine.shelf import AdapterShelf
 from loquetier.engine.trainer import Trainer
+from loquetier.engine.version_files import VersionFiles
 from loquetier.errors import (
     EngineError,
     IntegrityError,
@@ -110,7 +115,7 @@ class Engine:
         self.arena = Arena(config.adapter_memory, _adapter_dtype(base, config), base.device, base.weight)
         self._smlm_plans = SmlmPlans()
         self.registry = AdapterRegistry(base.name, self.arena.free, config.keep_versions)
-        self.arena.reclaim = self.registry.drop_oldest_kept
+        self.residency = _residency(base, config, self.arena, self.registry)
         self.allocator = BlockAllocator(num_pages, config.page_size)
         self.scheduler = Scheduler(config, self.allocator, self.max_context)
         head_module = next((t.index for t in base.targets if t.layer is None), None)
@@ -118,13 +123,15 @@ class Engine:
         may_share = window is None or window >= self.max_context
         if config.prefix_cache and not may_share:
             log.info("no prefix cache on %s: its attention has a sliding window of %d tokens", base.name, window)
-        self.serving = Serving(base, self.scheduler, self.registry, self.max_context, head_module, may_share)
+        self.serving = Serving(base, self.scheduler, self.residency, self.max_context, head_module, may_share)
         self.trainer = Trainer(base, self.arena, head_module)
-        self.adapters = AdapterShelf(self.arena, self.registry, lora_only=config.serve_only)
-        self.admission = Admission(self.trainer, self.registry, memory_model(base, config, self.arena.itemsize))
-        self.jobs = Jobs(self.trainer, self.registry, self.admission, fail_points(os.environ))
+        self.adapters = AdapterShelf(self.arena, self.registry, self.residency, lora_only=config.serve_only)
+        self.admission = Admission(self.trainer, self.residency, memory_model(base, config, self.arena.itemsize))
+        self.jobs = Jobs(self.trainer, self.registry, self.admission, self.residency, fail_points(os.environ))
         self.jobs.serve_only = config.serve_only
         self.admission.tell = self.jobs.tell
+        self.residency.room_changed = self.admission.look_again
+        self.residency.reserved_bytes = lambda: self.admission.reserved_bytes
         self.totals = Totals()
 
     # --- the step ---
@@ -132,7 +139,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """A step would do something."""
-        return self.scheduler.has_work or self.trainer.has_work or self.admission.may_admit
+        return self.scheduler.has_work or self.trainer.has_work or self.admission.may_admit or self.residency.has_news
 
     def step(self) -> StepReport:
         """One pass of the loop: schedule, forward, sample and loss, backward, optimize, commit."""
@@ -152,6 +159,7 @@ class Engine:
 
     def _schedule(self) -> StepPlan:
         trainer = self.trainer
+        self.residency.tick()
         self.jobs.admit()
         limits = TrainLimits(
             units_per_tape=self.base.num_layers,
@@ -225,22 +233,23 @@ class Engine:
         for request_id in list(self.serving.requests):
             self.serving.abort(request_id, error)
         self.jobs.close(error)
+        self.residency.close(error)
 
     def check_integrity(self) -> None:
         """Pages, slots, references and buffers add up. Raises IntegrityError."""
         self.scheduler.check_integrity()
         self.registry.check_integrity()
         self.arena.check_integrity()
-        owned = [v.slot for v in self.registry.versions] + [j.slot for j in self.trainer.jobs.values()]
+        owned = [v.slot for v in self.registry.versions if v.slot >= 0] + [j.slot for j in self.trainer.jobs.values()]
         if sorted(owned) != sorted(self.arena.slots):
             raise IntegrityError(f"slots {sorted(self.arena.slots)} are allocated, {sorted(owned)} are owned")
         taken = self.allocator.num_pages - self.scheduler.pages.num_available
         if not self.has_work and taken:
             raise IntegrityError(f"idle, but {taken} KV pages are taken")
+        self.residency.check_integrity()
         users = sum(v.users for v in self.registry.versions)
-        expected = sum(r.version.slot >= 0 for r in self.serving.requests.values())
-        expected += self.admission.num_pinned
-        if not self.trainer.evaluations and users != expected:
+        expected = sum(not r.version.is_base for r in self.serving.requests.values()) + self.admission.num_pinned
+        if users < expected:
             raise IntegrityError(f"{users} users of adapter versions, {expected} requests and jobs on adapters")
         self.admission.check_integrity()
 
@@ -251,6 +260,16 @@ def _adapter_dtype(base: Base, config: EngineConfig) -> torch.dtype:
         return torch.float32 if base.device.type == "cpu" else base.dtype
     dtype: torch.dtype = getattr(torch, config.adapter_dtype)
     return dtype
+
+
+def _residency(base: Base, config: EngineConfig, arena: Arena, registry: AdapterRegistry) -> Residency:
+    packer = Packer(
+        base.targets, base.name, str(base.loaded.name), arena.dtype, arena.total_bytes, base.device.type != "cpu"
+    )
+    spill = None if config.adapter_spill is None else Path(config.adapter_spill).absolute()
+    patience, host_bytes = config.adapter_patience, config.host_adapter_memory or 0
+    files = VersionFiles(arena, registry, packer, Inline(), spill)
+    return Residency(arena, registry, files, patience=patience, host_bytes=host_bytes)
 
 
 def _most_useful_pages(config: EngineConfig, max_context: int) -> int:

@@ -18,6 +18,7 @@ from loquetier.adapters.registry import AdapterRegistry, check_name
 from loquetier.adapters.spec import AdapterSpec, ModulePlan, resolve_modules
 from loquetier.config import TrainingConfig
 from loquetier.engine.admission import Admission, Ticket
+from loquetier.engine.residency import Residency
 from loquetier.engine.rows import TrainItem
 from loquetier.engine.trainer import JobListener, Trainer
 from loquetier.errors import (
@@ -52,6 +53,7 @@ class Jobs:
     trainer: Trainer
     registry: AdapterRegistry
     admission: Admission
+    residency: Residency
     fail_point: FailPoint = no_fail_point
     publishes: int = 0
     publish_seconds: float = 0.0
@@ -242,14 +244,16 @@ class Jobs:
         source = None
         if start_from is not None and image is None:
             self._check_same_layout(start_from, modules)
-            source = self.registry.acquire(start_from)
+            source = self.residency.acquire(start_from, is_long=True)
         try:
             needs = self.admission.model.needs(job.config, modules, examples, eval_examples, saves=saves)
             ticket = Ticket(job=job, modules=modules, needs=needs, source=source, image=image)
             self.admission.check_possible(ticket)
+            if source is not None:  # it is there when the job begins, or the job fails
+                self.residency.start(source, self.admission.look_again, lambda error: self._lost_source(job, error))
         except BaseException:
             if source is not None:
-                self.registry.release(source)
+                self.residency.drop(source)
             raise
         job.give_data(examples, eval_examples)
         if image is not None:
@@ -271,6 +275,10 @@ class Jobs:
             log.info("job %s is queued at place %s: %s", job.name, job.position, job.reason)
         elif job.status is JobStatus.FAILED and job.error is not None:
             raise job.error
+
+    def _lost_source(self, job: FinetuneJob, error: LoquetierError) -> None:
+        if not job.status.is_final:
+            self._end(job, JobStatus.FAILED, error)
 
     def tell(self, job: FinetuneJob) -> None:
         """Let who listens to a job look at it."""
@@ -295,7 +303,7 @@ class Jobs:
             return
         finally:
             if ticket.source is not None:
-                self.registry.release(ticket.source)
+                self.residency.drop(ticket.source)
         del self._waiting[job.job_id]
         self.trainer.jobs[job.job_id] = job
         job.move(JobStatus.RUNNING)
@@ -309,7 +317,7 @@ class Jobs:
         """The job's first weights, and its optimizer."""
         job, arena = ticket.job, self.trainer.arena
         if ticket.source is not None:
-            arena.copy(ticket.source.slot, slot)
+            arena.copy(ticket.source.version.slot, slot)
         elif ticket.image is None:
             arena.methods[slot].initialize(arena.factors[slot], ticket.modules, job.config.seed, arena.base_weight)
             arena.refresh(slot)
@@ -352,8 +360,7 @@ class Jobs:
         return next((j for j in jobs if j.name == name and not j.status.is_final), None)
 
     def _check_same_layout(self, model: str, modules: tuple[ModulePlan, ...]) -> None:
-        slot = self.registry.resolve(model).slot
-        held = self.trainer.arena.modules(slot) if slot >= 0 else ()
+        held = self.registry.resolve(model).modules
         if held != modules:
             raise ConfigError(
                 f"start_from={model!r}: its method, modules, ranks or scales ({len(held)} modules, "
@@ -399,17 +406,24 @@ class Jobs:
         """Run examples as EVAL rows on a served model; `done` gets the means.
 
         Raises:
-            AdapterNotFoundError, DataError: nothing changed.
+            AdapterNotFoundError, DataError, OutOfAdapterMemoryError: nothing changed.
         """
         check_examples(examples, self.trainer.base.vocab_size)
-        version = self.registry.acquire(model)
+        hold = self.residency.acquire(model)
 
         def finish(result: EvalResult | LoquetierError) -> None:
-            self.registry.release(version)
+            self.residency.drop(hold)
             done(result)
 
-        task = EvalTask(next(self._ids), version.slot, examples)
-        self.trainer.evaluations[task.task_id] = (task, finish)
+        def begin() -> None:
+            task = EvalTask(next(self._ids), hold.version.slot, examples)
+            self.trainer.evaluations[task.task_id] = (task, finish)
+
+        try:
+            self.residency.start(hold, begin, finish)
+        except BaseException:
+            self.residency.drop(hold)
+            raise
 
     def _evaluate_in_training(self, job: FinetuneJob) -> None:
         """Evaluate the weights in training; the job's next step waits for it."""
@@ -480,7 +494,7 @@ class Jobs:
         else:
             self.trainer.arena.flat(slot).copy_(weights)
             self.trainer.arena.refresh(slot)
-        version = self.registry.publish(job.name, slot, job.spec, self.template_fingerprint)
+        version = self.residency.publish(job.name, slot, job.spec, self.template_fingerprint)
         job.versions[job.num_steps if step is None else step] = version.number
         if weights is None:
             self._unpublished.discard(job.job_id)
@@ -511,7 +525,7 @@ class Jobs:
                 continue
             del self.trainer.jobs[job.job_id], self._listeners[job.job_id]
             if job.status is JobStatus.SUCCEEDED and job.job_id in self._unpublished:
-                version = self.registry.publish(job.name, job.slot, job.spec, self.template_fingerprint)
+                version = self.residency.publish(job.name, job.slot, job.spec, self.template_fingerprint)
                 job.versions[job.num_steps] = version.number
             else:
                 self.trainer.arena.free(job.slot)

@@ -9,6 +9,7 @@ from typing import Literal
 from loquetier.adapters.registry import AdapterVersion
 from loquetier.config import SamplingParams
 from loquetier.engine.detokenize import IncrementalDetokenizer
+from loquetier.engine.hold import Hold
 from loquetier.engine.rows import Sequence
 from loquetier.engine.sampler import SamplerState
 from loquetier.engine.stopping import StopChecker, finish_reason
@@ -61,7 +62,8 @@ class Request:
     """One call of a client, running on one adapter version for all its life."""
 
     request_id: int
-    version: AdapterVersion
+    hold: Hold
+    """Of the version; the request waits until that is in the arena."""
     params: SamplingParams
     eos_token_ids: frozenset[int]
     sink: Callable[[TokenEvent], None]
@@ -69,6 +71,11 @@ class Request:
     choices: list[Choice] = field(default_factory=list)
     num_open: int = 0
     """Choices not finished yet."""
+
+    @property
+    def version(self) -> AdapterVersion:
+        """What answers it."""
+        return self.hold.version
 
 
 def advance(choice: Choice, token_id: int, logprob: float | None, top: dict[int, float] | None) -> TokenEvent:

@@ -167,6 +167,11 @@ class Scheduler:
             OutOfKVMemoryError: it could not fit the KV cache even alone.
             IntegrityError: it is not new, or has no token, or more than ``max_total_len``.
         """
+        self.check(seq)
+        self._waiting.add(seq)
+
+    def check(self, seq: Sequence) -> None:
+        """Whether `add` would take it. Raises as `add`."""
         if seq.status is not SequenceStatus.WAITING or seq.pages or seq.num_computed or seq in self._waiting:
             raise IntegrityError(f"add: sequence {seq.seq_id} is not new")
         if not 1 <= len(seq.tokens) <= seq.max_total_len:
@@ -179,7 +184,6 @@ class Scheduler:
         needed = self._allocator.pages_needed(seq.max_total_len)
         if needed > self._allocator.num_pages:
             raise OutOfKVMemoryError(self._never_fits(seq, needed))
-        self._waiting.add(seq)
 
     def finish(self, seq: Sequence) -> None:
         """End a RUNNING sequence and free its pages.

@@ -10,13 +10,14 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from loquetier.adapters.registry import AdapterRegistry
 from loquetier.base.model import Base
 from loquetier.config import SamplingParams
 from loquetier.engine.batch import Batch, head_step
 from loquetier.engine.detokenize import IncrementalDetokenizer
+from loquetier.engine.hold import HoldState
 from loquetier.engine.prefix import CacheSpace
 from loquetier.engine.request import Choice, FinishReason, Request, TokenEvent, advance
+from loquetier.engine.residency import Residency
 from loquetier.engine.rows import Sequence, SequenceStatus
 from loquetier.engine.sampler import SampledTokens, TokenConstraint, new_state, prompt_logprobs, sample
 from loquetier.engine.scheduler import Scheduler
@@ -35,7 +36,7 @@ class Serving:
 
     base: Base
     scheduler: Scheduler
-    registry: AdapterRegistry
+    residency: Residency
     max_context: int
     head_module: int | None
     may_share: bool = True
@@ -67,27 +68,45 @@ class Serving:
             AdapterNotFoundError, ContextLengthError, OutOfKVMemoryError, ConfigError: see `Runtime.generate`.
         """
         max_total = self._max_total(prompt, params)
-        version = self.registry.acquire(model)
-        request = Request(next(self._ids), version, params, self.base.loaded.eos_token_ids, sink)
-        root = self.scheduler.pages.root(version.label, space or CacheSpace()) if self.may_share else None
-        added: list[Sequence] = []
+        hold = self.residency.acquire(model)
+        request = Request(next(self._ids), hold, params, self.base.loaded.eos_token_ids, sink)
+        root = self.scheduler.pages.root(hold.version.label, space or CacheSpace()) if self.may_share else None
         try:
             for index in range(params.n):
                 choice = self._new_choice(request, index, list(prompt), max_total, priority)
                 choice.seq.cache_root = root
                 choice.sampler.constraint = None if constrain is None else constrain()
-                self.scheduler.add(choice.seq)
-                added.append(choice.seq)
+                self.scheduler.check(choice.seq)
                 request.choices.append(choice)
+            self.residency.start(hold, lambda: self._begin(request), lambda error: self._never_begins(request, error))
         except BaseException:
-            for seq in added:
-                self.scheduler.abort(seq)
-            self.registry.release(version)
+            for choice in request.choices:
+                self._withdraw(choice)
+            self.residency.drop(hold)
             raise
         self.requests[request.request_id] = request
         self.choices.update((c.seq.seq_id, c) for c in request.choices)
         request.num_open = len(request.choices)
         return request
+
+    def _begin(self, request: Request) -> None:
+        """Its version is in the arena: its sequences take their places in the order in which they arrived."""
+        for choice in request.choices:
+            if choice.seq.status is SequenceStatus.WAITING:  # not aborted meanwhile
+                choice.seq.slot = request.version.slot
+                self.scheduler.add(choice.seq)
+
+    def _never_begins(self, request: Request, error: LoquetierError) -> None:
+        for choice in request.choices:
+            if choice.seq.seq_id in self.choices:
+                self.end(choice, error)
+
+    def _withdraw(self, choice: Choice, *, has_failed: bool = False) -> None:
+        """Out of the scheduler, if it ever got there."""
+        if choice.request.hold.state is HoldState.HELD:
+            self.scheduler.abort(choice.seq, has_failed=has_failed)
+        else:
+            choice.seq.status = SequenceStatus.ABORTED
 
     def _max_total(self, prompt: list[int], params: SamplingParams) -> int:
         if not prompt:
@@ -121,7 +140,6 @@ class Serving:
             tokens=prompt,
             prompt_len=len(prompt),
             max_total_len=max_total,
-            slot=request.version.slot,
             priority=priority,
             needs_prompt_logits=params.prompt_logprobs is not None,
         )
@@ -198,7 +216,7 @@ class Serving:
 
     def end(self, choice: Choice, error: LoquetierError | None) -> None:
         """End one choice early: aborted by its client (no error), or failed."""
-        self.scheduler.abort(choice.seq, has_failed=error is not None)
+        self._withdraw(choice, has_failed=error is not None)
         self._forget(choice)
         reason: FinishReason = "abort" if error is None else "error"
         self._tell(choice.request, TokenEvent(choice.index, None, "", finish_reason=reason, error=error))
@@ -216,7 +234,7 @@ class Serving:
         request.num_open -= 1
         if request.num_open == 0:
             del self.requests[request.request_id]
-            self.registry.release(request.version)
+            self.residency.drop(request.hold)
 
 
 def _nobody(_: TokenEvent) -> None:

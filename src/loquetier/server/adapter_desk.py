@@ -16,6 +16,8 @@ from loquetier.engine_port import EnginePort
 from loquetier.errors import AdapterExistsError, AdapterNotFoundError, LoquetierError
 from loquetier.info import AdapterInfo
 from loquetier.runtime import Runtime
+from loquetier.server.adapter_ledger import AdapterLedger
+from loquetier.server.auth import Principal
 from loquetier.server.metrics import Metrics
 from loquetier.server.models import ModelBook
 from loquetier.server.problems import ApiError, from_error
@@ -37,9 +39,11 @@ class AdapterDesk:
     root: Path | None
     clock: Callable[[], float]
     wall: Callable[[], float]
+    ledger: AdapterLedger | None = None
+    """What is durable; None = what is loaded is gone after a restart."""
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    async def load(self, name: str, path: str, *, in_place: bool) -> AdapterInfo:
+    async def load(self, who: Principal, name: str, path: str, *, in_place: bool) -> AdapterInfo:
         """Serve the adapter in `path` as `name`; with `in_place` also over an adapter of that name, as a new version.
 
         Raises:
@@ -48,20 +52,22 @@ class AdapterDesk:
         if not _NAME.fullmatch(name):
             raise ApiError(400, f"lora_name {name[:64]!r} must be letters, digits and . _ : / -", code="invalid_value")
         async with self._turn:
-            is_new = all(v.name != name or not v.is_live for v in self.port.versions())
-            if not is_new and not in_place:
+            is_new = self.port.find(name) is None
+            if (not is_new and not in_place) or not self.models.may_change(who, name):
                 raise _exists(name)
             began = self.clock()
-            info = await asyncio.to_thread(self._read, name, path, is_new)
+            info = await asyncio.to_thread(self._read, who, name, path, is_new)
             self.models.note(name, path, int(self.wall()))
             self.metrics.adapter_loaded(self.clock() - began)
         log.info("adapter_loaded", adapter=name, version=info.version, bytes=info.num_bytes)
         return info
 
-    def _read(self, name: str, path: str, is_new: bool) -> AdapterInfo:
+    def _read(self, who: Principal, name: str, path: str, is_new: bool) -> AdapterInfo:
         """On a worker thread."""
         directory = jailed(path, self.root)
         try:
+            if self.ledger is not None:
+                return self.ledger.load(who, name, directory)
             return self.runtime.load_adapter(name, directory, replace=not is_new)
         except AdapterExistsError as error:
             raise ApiError(400, str(error), code=error.code, kind="InvalidUserInput", param="lora_name") from error
@@ -70,11 +76,13 @@ class AdapterDesk:
         except LoquetierError as error:
             raise from_error(error) from error
 
-    async def unload(self, name: str) -> int:
+    async def unload(self, who: Principal, name: str) -> int:
         """Stop serving `name`; returns the bytes that are or will be freed. Raises ApiError 404, or 400 in use."""
+        unload = self.runtime.unload_adapter if self.ledger is None else self.ledger.unload
         async with self._turn:
+            self._check(who, name, not_loaded(name))
             try:
-                freed = await asyncio.to_thread(self.runtime.unload_adapter, name)
+                freed = await asyncio.shield(asyncio.to_thread(unload, name))
             except LoquetierError as error:
                 if isinstance(error, AdapterNotFoundError) or not _NAME.fullmatch(name):
                     raise not_loaded(name) from error
@@ -82,15 +90,37 @@ class AdapterDesk:
         log.info("adapter_unloaded", adapter=name, bytes=freed)
         return freed
 
-    async def rollback(self, name: str, number: int) -> AdapterInfo:
-        """Have an older version answer again. Raises ApiError 404."""
-        async with self._turn:
-            try:
-                info = await asyncio.to_thread(self.runtime.rollback, name, number)
-            except LoquetierError as error:
-                raise ApiError(error.status, str(error), code=error.code, param="version") from error
+    async def rollback(self, who: Principal, name: str, number: int) -> AdapterInfo:
+        """Have another version answer. Raises ApiError 404."""
+        rollback = self.runtime.rollback if self.ledger is None else self.ledger.rollback
+        info = await self._change(who, name, lambda: rollback(name, number), "version")
         log.info("adapter_rolled_back", adapter=name, version=number)
         return info
+
+    async def set_pinned(self, who: Principal, name: str, is_pinned: bool) -> AdapterInfo:
+        """Keep an adapter in memory, or let it leave again. Raises ApiError 404; 503: there is no room."""
+
+        def change() -> AdapterInfo:
+            if self.ledger is not None:
+                return self.ledger.set_pinned(name, is_pinned)
+            return self.runtime.pin_adapter(name) if is_pinned else self.runtime.unpin_adapter(name)
+
+        info = await self._change(who, name, change, "lora_name")
+        log.info("adapter_pinned" if is_pinned else "adapter_unpinned", adapter=name)
+        return info
+
+    async def _change(self, who: Principal, name: str, change: Callable[[], AdapterInfo], param: str) -> AdapterInfo:
+        async with self._turn:
+            self._check(who, name, not_loaded(name))
+            try:
+                return await asyncio.shield(asyncio.to_thread(change))
+            except LoquetierError as error:
+                raise ApiError(error.status, str(error), code=error.code, param=param) from error
+
+    def _check(self, who: Principal, name: str, problem: ApiError) -> None:
+        """Another owner's adapter is one that does not exist."""
+        if not self.models.may_change(who, name):
+            raise problem
 
 
 def jailed(path: str, root: Path | None) -> Path:

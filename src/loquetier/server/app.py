@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -16,7 +17,7 @@ from loquetier.errors import LoquetierError
 from loquetier.server.auth import Scope
 from loquetier.server.gate import Gate
 from loquetier.server.guard import check_guards, need
-from loquetier.server.problems import ApiError, from_error, response_of
+from loquetier.server.problems import ApiError, bad, from_error, response_of
 from loquetier.server.routes import adapters, chat, completions, health, models, tokens
 from loquetier.server.services import Services
 
@@ -55,6 +56,7 @@ def create_app(services: Services, more: Sequence[APIRouter] = ()) -> FastAPI:
 
     app.add_exception_handler(LoquetierError, _on_error)
     app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_middleware(Gate, services=services)
     check_guards(app)
     return app
@@ -63,6 +65,14 @@ def create_app(services: Services, more: Sequence[APIRouter] = ()) -> FastAPI:
 async def _on_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, LoquetierError)
     return response_of(from_error(error, request.scope["state"].get("model")))
+
+
+async def _on_invalid(_: Request, error: Exception) -> Response:
+    """A query or path parameter that the schema refuses: OpenAI's shape, not FastAPI's."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    param = str(first["loc"][-1])
+    return response_of(bad(f"{param}: {first['msg']}"[:1000], param[:120], "invalid_value"))
 
 
 async def _on_http(_: Request, error: Exception) -> Response:

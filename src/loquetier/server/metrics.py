@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter as Counted
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from loquetier.server.settings import ServerSettings
-from loquetier.server.watch import Pulse
+from loquetier.server.watch import AdapterPulse, Pulse
 
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000)
@@ -95,10 +97,32 @@ class Metrics:
         self._adapter_load = Histogram(
             "loquetier:adapter_load_seconds", "Reading and loading an adapter.", buckets=_SECONDS, registry=registry
         )
+        self._swap_in = Histogram(
+            "loquetier:adapter_swap_in_seconds",
+            "From a place in memory found to an adapter's weights being there.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._resident = Gauge(
+            "loquetier:resident", "Versions by adapter and where they are.", ("adapter", "tier"), registry=registry
+        )
+        # vLLM's shape: the names in the labels, the current time as the value; two lists, so the series are cleared.
+        self._lora_info = Gauge(
+            "vllm:lora_requests_info",
+            "Adapters that answer and that are waited for.",
+            ("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
+            registry=registry if self._settings.vllm_metrics else None,
+        )
         self._own_gauges = {
             name: Gauge(f"loquetier:{name}", text, labels, registry=registry)
             for name, text, labels in (
                 ("adapters_resident", "Adapter versions in memory.", ()),
+                ("adapters_registered", "Adapter versions, in memory or not.", ()),
+                ("adapters_waiting", "Requests, evaluations and jobs that wait for their adapter.", ()),
+                ("adapters_in_host_memory", "Adapter versions in host memory.", ()),
+                ("adapter_loads_total", "Versions that were brought into memory.", ()),
+                ("adapter_evictions_total", "Versions that left memory for others.", ()),
+                ("adapter_load_failures_total", "Versions that could not be brought in.", ()),
                 ("adapter_bytes_used", "Bytes of adapter memory in use.", ()),
                 ("adapter_bytes_total", "Bytes of adapter memory.", ()),
                 ("engine_rows_total", "Rows since the start, by kind.", ("kind",)),
@@ -160,9 +184,8 @@ class Metrics:
         """An adapter is there."""
         self._adapter_load.observe(seconds)
 
-    def page(self, pulse: Pulse | None, resident: int) -> bytes:
+    def page(self, pulse: Pulse | None) -> bytes:
         """The text of ``/metrics``."""
-        self._own_gauges["adapters_resident"].set(resident)
         if pulse is not None:
             self._set_pulse(pulse)
         return generate_latest(self.registry)
@@ -178,6 +201,7 @@ class Metrics:
                 gauge.labels(self._base).set(value)
         self._take_over("prefix_cache_queries", pulse.prefix_queries)
         self._take_over("prefix_cache_hits", pulse.prefix_hits)
+        self._set_adapters(pulse.adapters)
         own = self._own_gauges
         own["adapter_bytes_used"].set(pulse.arena_bytes - pulse.arena_bytes_free)
         own["adapter_bytes_total"].set(pulse.arena_bytes)
@@ -187,6 +211,31 @@ class Metrics:
         own["publish_seconds_total"].set(pulse.publish_seconds)
         for kind in ("train", "eval", "prefill", "decode"):
             own["engine_rows_total"].labels(kind).set(getattr(pulse.totals, f"{kind}_rows"))
+
+    def _set_adapters(self, found: AdapterPulse) -> None:
+        own = self._own_gauges
+        own["adapters_resident"].set(found.num_resident)
+        own["adapters_registered"].set(found.num_registered)
+        own["adapters_waiting"].set(found.num_waiting)
+        own["adapters_in_host_memory"].set(found.num_in_host_memory)
+        own["adapter_loads_total"].set(found.loads)
+        own["adapter_evictions_total"].set(found.evictions)
+        own["adapter_load_failures_total"].set(found.load_failures)
+        self._resident.clear()
+        counts = Counted(self.model(name) for name in found.resident)
+        counts["other"] += found.num_resident - len(found.resident)
+        for name, count in counts.items():
+            if count:
+                self._resident.labels(name, "memory").set(count)
+        if found.num_in_host_memory:
+            self._resident.labels("other", "host").set(found.num_in_host_memory)
+        self._lora_info.clear()
+        names = [",".join(sorted({self.model(name) for name in some})) for some in (found.running, found.waiting)]
+        self._lora_info.labels(str(found.capacity), *names).set(time.time())
+
+    def adapter_swapped_in(self, seconds: float) -> None:
+        """A version that was registered has come into memory. Any thread."""
+        self._swap_in.observe(seconds)
 
     def _take_over(self, name: str, total: int) -> None:
         """Bring a counter up to what the engine has counted."""

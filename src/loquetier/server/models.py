@@ -40,10 +40,18 @@ class ModelBook:
         match = _PINNED.fullmatch(model)
         if match is None:
             raise model_not_found(model)
-        for version in self.port.versions():
-            if version.name == match[1] and (str(version.number) == match[2] if match[2] else version.is_live):
-                return version
-        raise model_not_found(model)
+        version = self.port.find(model)
+        if version is None:
+            raise model_not_found(model)
+        return version
+
+    def names(self, who: Principal) -> list[str]:
+        """Adapters that this key may use, in the order of their names."""
+        return sorted(v.name for v in self.port.versions() if v.is_live and who.may_use(v.name))
+
+    def may_change(self, who: Principal, name: str) -> bool:
+        """Whether this key may load over, unload or pin the adapter called `name`, if there is one."""
+        return who.may_use(name)
 
     def note(self, name: str, root: str, created: int) -> None:
         """Remember where an adapter came from, and forget what is not served any more."""
@@ -54,10 +62,8 @@ class ModelBook:
 
     def label_of(self, model: str) -> str:
         """The version's label, or `model` itself where nothing answers to it."""
-        for version in self.port.versions():
-            if model == version.label or (model == version.name and version.is_live):
-                return version.label
-        return model
+        version = self.port.find(model)
+        return model if version is None else version.label
 
     def cards(self, who: Principal) -> list[dict[str, Any]]:
         """The base first, then adapters in the order they came; only what this key may use."""

@@ -9,7 +9,14 @@ from typing import Any
 import msgspec
 from starlette.responses import Response
 
-from loquetier.errors import AdapterNotFoundError, ContextLengthError, EngineStoppedError, LoquetierError
+from loquetier.errors import (
+    AdapterChangedError,
+    AdapterNotFoundError,
+    AdapterUnavailableError,
+    ContextLengthError,
+    EngineStoppedError,
+    LoquetierError,
+)
 
 RETRY_SECONDS = 5
 """`Retry-After` where nothing better is known."""
@@ -85,6 +92,9 @@ def from_error(error: LoquetierError, model: str | None = None) -> ApiError:
         return model_not_found(model)
     if isinstance(error, EngineStoppedError):
         return overloaded("the engine has stopped; the server is going down", code=error.code)
+    if isinstance(error, AdapterUnavailableError):  # whoever asks need not know where the files lie; the log says it
+        why = "have changed since it was loaded" if isinstance(error, AdapterChangedError) else "cannot be read"
+        return ApiError(error.status, f"the files of the model's adapter {why}; load it again", code=error.code)
     param = "messages" if isinstance(error, ContextLengthError) else None
     headers = {"Retry-After": str(RETRY_SECONDS)} if error.status == 503 else {}
     return ApiError(error.status, str(error), code=error.code, param=param, headers=headers)

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from loquetier.engine.prefix import CacheSpace
 from loquetier.engine.request import TokenEvent
 from loquetier.engine_port import Ticket
-from loquetier.errors import EngineStoppedError, LoquetierError
+from loquetier.errors import AdapterUnavailableError, EngineStoppedError, LoquetierError, OutOfAdapterMemoryError
 from loquetier.server.admission import Waiting
 from loquetier.server.auth import Principal
 from loquetier.server.metrics import RequestTimes
@@ -108,9 +108,13 @@ class Running:
             raise overloaded("the request was aborted by the server", code="request_aborted")
 
     def _count_failure(self, error: LoquetierError) -> None:
-        """Only what the adapter may be the cause of: not the base, an end of the engine, or a client's own grammar."""
+        """Only what the adapter may be the cause of: not the base, an end of the engine, or a client's own grammar.
+
+        Nor that it could not come into memory: it did not run, and may be there the next time.
+        """
         is_adapter = self.label != self._services.port.base_name
-        if is_adapter and self._order.constrain is None and not isinstance(error, EngineStoppedError):
+        other = (EngineStoppedError, AdapterUnavailableError, OutOfAdapterMemoryError)
+        if is_adapter and self._order.constrain is None and not isinstance(error, other):
             self._services.quarantine.failed(self.label)
 
     def abort(self, error: LoquetierError | None = None) -> None:

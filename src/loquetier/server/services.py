@@ -67,6 +67,7 @@ def build_services(
     port = runtime.port
     models = ModelBook(port, base_root or runtime.base_name, int(wall()))
     metrics = Metrics(settings, port.base_name)
+    runtime.on_swapped_in(metrics.adapter_swapped_in)
     return Services(
         runtime=runtime,
         port=port,

@@ -13,6 +13,41 @@ from loquetier.server.settings import ServerSettings
 BEAT_SECONDS = 0.5
 
 
+MOST_NAMES = 64
+"""Adapters that are named in a pulse, of each kind."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterPulse:
+    """What adapters take, who waits for one, and what came in and went out since the start."""
+
+    num_registered: int
+    """Versions that answer or are kept, in memory or not."""
+    num_resident: int
+    num_in_host_memory: int
+    bytes_used: int
+    bytes_total: int
+    host_bytes_used: int
+    host_bytes_total: int
+    num_waiting: int
+    """Requests, evaluations and jobs that wait for their adapter."""
+    running: tuple[str, ...]
+    """Adapters that answer something now; at most `MOST_NAMES`."""
+    waiting: tuple[str, ...]
+    """Adapters that are waited for; at most `MOST_NAMES`."""
+    resident: tuple[str, ...]
+    """Names by version in memory, most recently used first; at most `MOST_NAMES`."""
+    pinned: tuple[str, ...]
+    capacity: int
+    """How many adapters of the mean size fit."""
+    loads: int
+    host_hits: int
+    evictions: int
+    load_failures: int
+    load_seconds: float
+    saves: int
+
+
 @dataclass(frozen=True, slots=True)
 class Pulse:
     """The engine's books at one beat."""
@@ -30,6 +65,7 @@ class Pulse:
     publishes: int
     publish_seconds: float
     totals: Totals
+    adapters: AdapterPulse
 
 
 @dataclass(slots=True)
@@ -78,7 +114,7 @@ class Watch:
 def _pulse(engine: Engine) -> Pulse:
     return Pulse(
         num_running=engine.scheduler.num_running,
-        num_waiting=engine.scheduler.num_waiting,
+        num_waiting=engine.scheduler.num_waiting + engine.residency.num_waiting,
         kv_pages=engine.allocator.num_pages,
         kv_pages_free=engine.scheduler.pages.num_available,
         prefix_queries=engine.scheduler.pages.num_queried,
@@ -89,4 +125,32 @@ def _pulse(engine: Engine) -> Pulse:
         publishes=engine.jobs.publishes,
         publish_seconds=engine.jobs.publish_seconds,
         totals=engine.totals,
+        adapters=_adapters(engine),
+    )
+
+
+def _adapters(engine: Engine) -> AdapterPulse:
+    residency, arena, totals = engine.residency, engine.arena, engine.residency.totals
+    there = sorted((v for v in engine.registry.versions if v.is_resident), key=lambda v: v.last_used, reverse=True)
+    mean = sum(v.num_bytes for v in there) // len(there) if there else 0
+    return AdapterPulse(
+        num_registered=len(engine.registry.versions),
+        num_resident=len(there),
+        num_in_host_memory=len(residency.host),
+        bytes_used=arena.total_bytes - arena.free_bytes,
+        bytes_total=arena.total_bytes,
+        host_bytes_used=residency.host.used_bytes,
+        host_bytes_total=residency.host.total_bytes,
+        num_waiting=residency.num_waiting,
+        running=tuple(v.name for v in there if v.holders)[:MOST_NAMES],
+        waiting=tuple(residency.waiting_names[:MOST_NAMES]),
+        resident=tuple(v.name for v in there)[:MOST_NAMES],
+        pinned=tuple(sorted(engine.registry.pinned)[:MOST_NAMES]),
+        capacity=arena.total_bytes // mean if mean else 0,
+        loads=totals.loads,
+        host_hits=totals.host_hits,
+        evictions=totals.evictions,
+        load_failures=totals.failures,
+        load_seconds=totals.load_seconds,
+        saves=residency.files.num_saved,
     )

@@ -39,7 +39,7 @@ def router(services: Services) -> APIRouter:
     @routes.get("/metrics", dependencies=[need() if services.settings.public_metrics else need(*Scope)])
     async def metrics() -> Response:
         """Prometheus text."""
-        page = services.metrics.page(services.watch.pulse, len(services.port.versions()))
+        page = services.metrics.page(services.watch.pulse)
         return Response(page, media_type=CONTENT_TYPE_LATEST)
 
     return routes

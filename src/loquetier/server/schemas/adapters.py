@@ -35,3 +35,11 @@ class RollbackRequest(BaseModel):
 
     lora_name: str
     version: Annotated[int, Field(ge=1, lt=2**63)]
+
+
+class PinRequest(BaseModel):
+    """``POST /v1/adapters/pin`` and ``/v1/adapters/unpin``."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    lora_name: str
