@@ -39,6 +39,10 @@ class Layout:
     """Rows of the longest segment."""
     rounds: tuple[Tensor, ...] = ()
     """For wgrad: whole segments as tiles; no slot comes twice in a round."""
+    modules: frozenset[int] = frozenset()
+    """In a plan: modules that any of the segments' adapters sits on."""
+    stop: int = 0
+    """In a plan: behind the last row."""
 
 
 def tile_table(segments: Sequence[Segment], row_of: Mapping[int, int], rates: Sequence[float], block: int) -> Int32s:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -14,9 +15,10 @@ from torch import Tensor
 from loquetier.kernels import triton_plan as plans
 from loquetier.kernels import triton_smlm_kernels as kernels
 from loquetier.kernels.reference import FactorTable, Segment
-from loquetier.kernels.triton_layout import Layout, make_layout
+from loquetier.kernels.triton_layout import Layout, fixed_layout, make_layout
 from loquetier.kernels.triton_load import TYPES, interpreted
-from loquetier.kernels.triton_tables import GRAD_A, GRAD_B, A, B, common, words_of
+from loquetier.kernels.triton_plan import SMALL_TILE
+from loquetier.kernels.triton_tables import GRAD_A, GRAD_B, A, B, SlotTable, common, words_of
 
 if TYPE_CHECKING:
     from loquetier.kernels.dropout import DropoutRows
@@ -107,13 +109,14 @@ def _work(
     if plan is not None and plan.fixed is not None:
         assert grads is None and dropout is None, "a fixed layout is for rows without a backward"
         return _made(plan.fixed, plan.slot_table(x_TK.device).tensor, module, x_TK, None)
+    if plan is not None:
+        layout, slots = _planned(tuple(segments), table, grads, plan, dropout, x_TK.device)
+        assert layout.stop <= len(x_TK), "segments of other rows"
+        return _made(layout, slots, module, x_TK, dropout) if module in layout.modules else None
     live = tuple(s for s in segments if s.stop > s.start)
     if not any(module in table[s.slot] for s in live):
         return None
     assert max(s.stop for s in live) <= len(x_TK), "segments of other rows"
-    if plan is not None:
-        layout, slots = _planned(live, table, grads, plan, dropout, x_TK.device)
-        return _made(layout, slots, module, x_TK, dropout)
     layout, slots = _unplanned(live, module, table, grads, dropout, x_TK.device)
     return _made(layout, slots, 0, x_TK, dropout)
 
@@ -137,18 +140,33 @@ def _planned(
     device: torch.device,
 ) -> tuple[Layout, Tensor]:
     """The layout of these segments for every module at once, made when the first asks."""
-    slots, rates = plan.slot_table(device), _rates(segments, dropout)
+    slots, rates = plan.slot_table(device), () if dropout is None else _rates(segments, dropout)
     key = (segments, rates, grads is not None)
     layout = plan.layouts.get(key)
     if layout is None:
-        used = [s.slot for s in segments]
-        row_of = slots.rows_of(used, table)
-        layout = plan.layouts[key] = make_layout(
-            segments, row_of, rates, device=device, backward=grads is not None, **slots.common(used)
-        )
-    for slot in {s.slot for s in segments} if grads is not None else ():
+        layout = plan.layouts[key] = _layout(segments, table, slots, dropout, backward=grads is not None)
+    for slot in {s.slot for s in segments if s.stop > s.start} if grads is not None else ():
         slots.set_gradients(slot, grads[slot])  # type: ignore[index]
     return layout, slots.tensor
+
+
+def _layout(
+    segments: tuple[Segment, ...],
+    table: FactorTable,
+    slots: SlotTable,
+    dropout: DropoutRows | None,
+    *,
+    backward: bool,
+) -> Layout:
+    live = tuple(s for s in segments if s.stop > s.start)
+    used = [s.slot for s in live]
+    row_of, modules = slots.rows_of(used, table), frozenset(m for slot in used for m in table[slot])
+    if not modules:
+        return fixed_layout(0, SMALL_TILE, rank=1, weights=torch.float32, aligned=False, device=slots.device)
+    layout = make_layout(
+        live, row_of, _rates(live, dropout), device=slots.device, backward=backward, **slots.common(used)
+    )
+    return replace(layout, modules=modules, stop=max(s.stop for s in live))
 
 
 def _unplanned(
