@@ -17,7 +17,7 @@ Threads = Annotated[int, typer.Option(min=1, help="Threads of every side.")]
 Data = Annotated[
     Path | None, typer.Option(help="GSM8K's training file in JSON lines; without it, random words of such lengths.")
 ]
-Training = Annotated[bool, typer.Option(help="Measure fine-tuning and its memory too; PEFT's side takes 8 GB.")]
+Training = Annotated[bool, typer.Option(help="Measure fine-tuning and its memory too; PEFT's side takes 4 to 8 GB.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Keep the measurements that the output has already.")]
 
 

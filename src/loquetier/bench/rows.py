@@ -152,10 +152,10 @@ ROWS: tuple[Row, ...] = (
         goals=(Goal(against=None, at_least=1.15),),
     ),
     Row(
-        key="pair_of_8",
-        title="two jobs of batch 8 at once, over one after the other",
+        key="pair_of_4",
+        title="two jobs of batch 4 at once, over one after the other",
         unit="x",
-        columns={OURS: field("ours-train", "pair_of_8", "gain")},
+        columns={OURS: field("ours-train", "pair_of_4", "gain")},
         goals=(Goal(against=None, at_least=1),),
     ),
     Row(

@@ -51,7 +51,7 @@ TRAINING: tuple[Step, ...] = (
     ("ours-train", "train"),
     ("peft-train", "train"),
     ("ours-train", "pair"),
-    ("ours-train", "pair_of_8"),
+    ("ours-train", "pair_of_4"),
 )
 TRAINER = "loquetier.bench.training_sides"
 
@@ -68,7 +68,7 @@ class Plan:
     servers: bool = True
     """Measure servers too."""
     training: bool = True
-    """Measure fine-tuning with its memory; PEFT's side takes 8 GB."""
+    """Measure fine-tuning with its memory; PEFT's side takes 4 to 8 GB."""
     data: Path | None = None
     """GSM8K's training file; None: random words of the same lengths."""
     traffic: Traffic = field(default_factory=Traffic)
