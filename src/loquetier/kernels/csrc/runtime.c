@@ -33,17 +33,23 @@ typedef struct {
 static _Thread_local Team *team = NULL;
 static _Thread_local int64_t member = 0;
 
-/* Some 10 us on a processor whose pause takes 140 cycles. Who waits longer waits for a thread that has lost its core to
- * another program, and must not burn the other one meanwhile: measured beside one, spinning alone took twice as long. */
-enum { SPINS = 256 };
+/* How long a thread spins before it sleeps. Alone on the machine waits are short, and waking a sleeper costs more than they
+ * take; beside another program a wait lasts until the other thread has its core back, and spinning takes from both. So
+ * each thread learns: a wait that ended in time adds a little, one that did not halves it. */
+enum { LEAST_SPINS = 128, MOST_SPINS = 4096 /* some 0.25 ms where a pause takes 140 cycles */, MORE_SPINS = 8 };
+static _Thread_local int spins = 1024;
 
 static void wait_while(Team *t, uint32_t *value, uint32_t old) {
-    for (int spin = 0; spin < SPINS; spin++) {
-        if (__atomic_load_n(value, __ATOMIC_ACQUIRE) != old) return;
+    for (int spin = 0; spin < spins; spin++) {
+        if (__atomic_load_n(value, __ATOMIC_ACQUIRE) != old) {
+            if (spins < MOST_SPINS) spins += MORE_SPINS;
+            return;
+        }
 #if LQ_X86
         _mm_pause();
 #endif
     }
+    spins = spins / 2 > LEAST_SPINS ? spins / 2 : LEAST_SPINS;
     __atomic_add_fetch(&t->sleepers, 1, __ATOMIC_SEQ_CST);
     while (__atomic_load_n(value, __ATOMIC_SEQ_CST) == old) {
 #if defined(__linux__)
