@@ -164,3 +164,25 @@ def test_importing_compiles_nothing(tmp_path: Path) -> None:
 def test_a_process_chooses_once() -> None:
     assert process_kernels() is process_kernels()
     assert all(path.suffix == ".c" for path in sources())
+
+
+def test_a_triton_kernel_that_fails_its_check_is_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By numbers or by an error; the others run. Forced, it is an error."""
+
+    def refused(device: object) -> str | None:
+        raise RuntimeError("no such instruction")
+
+    checks = {"smlm_forward": lambda device: None, "smlm_backward": lambda device: "off by 0.5", "row_ops": refused}
+    monkeypatch.setattr(triton_load, "why_not", lambda environ, device_type: None)
+    monkeypatch.setattr(triton_load, "checks", lambda: checks)
+    monkeypatch.setattr(triton_load, "describe", lambda device: "a stand-in")
+    kernels = choose_kernels({}, "cuda")
+    assert kernels.in_triton("smlm_forward") and kernels.choices["smlm_forward"].reason == "a stand-in"
+    for kernel, why in (("smlm_backward", "off by 0.5"), ("row_ops", "RuntimeError: no such instruction")):
+        assert not kernels.in_triton(kernel) and why in kernels.choices[kernel].reason
+        assert any(r.levelno == logging.ERROR and why in r.getMessage() for r in caplog.records)
+    assert kernels.choices["decode_attention"].reason.endswith("no Triton kernel for it")
+    with pytest.raises(ConfigError, match="LOQUETIER_KERNELS=triton: .*no such instruction"):
+        choose_kernels({"LOQUETIER_KERNELS": "triton"}, "cuda")

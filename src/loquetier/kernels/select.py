@@ -110,10 +110,10 @@ def _checked_triton(
     """Triton when it passes its self-check."""
     if check is None:
         return KernelChoice("reference", "plain torch: this version has no Triton kernel for it")
-    fault = check(device)
+    fault = triton_load.fault_of(check, device)
     if fault is None:
         return KernelChoice("triton", reason)
-    message = f"the Triton kernel {kernel} on {device.type} disagrees with the reference: {fault}"
+    message = f"the Triton kernel {kernel} on {device.type} does not do what the reference does: {fault}"
     if forced:
         raise ConfigError(f"{VARIABLE}=triton: {message}; unset {VARIABLE} to run plain torch, and report this")
     log.error("%s; plain torch runs instead", message)

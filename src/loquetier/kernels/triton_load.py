@@ -45,6 +45,14 @@ def describe(device: torch.device) -> str:
     return f"triton {version('triton')}, {where}"
 
 
+def fault_of(check: Check, device: torch.device) -> str | None:
+    """What a check finds; a kernel that this GPU's compiler or driver refuses is a fault like any other."""
+    try:
+        return check(device)
+    except Exception as error:  # Triton's and the driver's errors share no type
+        return f"it fails with {type(error).__name__}: {str(error)[:500]}"
+
+
 def checks() -> Mapping[str, Check]:
     """The self-check of each kernel that has a Triton version, by its name in `select.KERNELS`."""
     from loquetier.kernels.triton_check import CHECKS  # imports triton

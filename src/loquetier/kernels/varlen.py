@@ -102,8 +102,8 @@ def why_not(device: torch.device) -> str | None:
         return f"torch {torch.__version__} has no packed attention"
     try:
         return disagreement(varlen, device)
-    except (RuntimeError, TypeError) as error:  # an old GPU, another signature
-        return f"torch's packed attention fails: {error}"
+    except Exception as error:  # an old GPU, another signature, a driver: they share no type
+        return f"torch's packed attention fails with {type(error).__name__}: {error}"
 
 
 def disagreement(varlen: Varlen, device: torch.device) -> str | None:
