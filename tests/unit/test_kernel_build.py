@@ -184,5 +184,5 @@ def test_a_triton_kernel_that_fails_its_check_is_refused(
         assert not kernels.in_triton(kernel) and why in kernels.choices[kernel].reason
         assert any(r.levelno == logging.ERROR and why in r.getMessage() for r in caplog.records)
     assert kernels.choices["decode_attention"].reason.endswith("no Triton kernel for it")
-    with pytest.raises(ConfigError, match="LOQUETIER_KERNELS=triton: .*no such instruction"):
+    with pytest.raises(ConfigError, match=r"LOQUETIER_KERNELS=triton: .*no such instruction"):
         choose_kernels({"LOQUETIER_KERNELS": "triton"}, "cuda")
