@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,6 @@ TRAINING: tuple[Step, ...] = (
     ("ours-train", "pair"),
     ("ours-train", "pair_of_4"),
 )
-TRAINER = "loquetier.bench.training_sides"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +76,7 @@ class Plan:
     @property
     def steps(self) -> list[Step]:
         """One round."""
-        trains = self.training and find_spec(TRAINER) is not None
-        found = [*(HTTP if self.servers else ()), *IN_PROCESS, *(TRAINING if trains else ())]
+        found = [*(HTTP if self.servers else ()), *IN_PROCESS, *(TRAINING if self.training else ())]
         return [step for step in found if self.has(step[0])]
 
     def has(self, side: str) -> bool:
