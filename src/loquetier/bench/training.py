@@ -45,7 +45,9 @@ def measure(task: Task, *, rounds: int, threads: int, tell: Tell, with_pair: boo
         pairs[f"batch_{size}"] = measure_side("pair", _pair_task(task, size), threads)
         tell(f"two jobs, batch {size}: {pairs[f'batch_{size}']['gain']:.2f} times one after the other")
     return {
-        "machine": machine() | {"threads": threads} | {name: version(name) for name in ("peft", "accelerate")},
+        "machine": machine()
+        | {"threads": threads, "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY")}
+        | {name: version(name) for name in ("peft", "accelerate")},
         "commit": commit(),
         "time": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
         "task": asdict(replace(task, data=Path(task.data).name)),
@@ -57,7 +59,7 @@ def measure(task: Task, *, rounds: int, threads: int, tell: Tell, with_pair: boo
 
 def measure_side(side: str, task: Task, threads: int) -> dict[str, Any]:
     """Run one side in its own process. Raises EngineError with what it wrote last."""
-    environ = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    environ = os.environ | {"OMP_NUM_THREADS": str(threads)}
     task = replace(task, data=str(Path(task.data).resolve()))
     command = [sys.executable, "-m", f"{__package__}.training_sides", side, json.dumps(asdict(task))]
     done = subprocess.run(
