@@ -47,7 +47,8 @@ def bench_command(
                 console.print(f"{done}/{total} {what}")
 
         result = measure(plan, rounds=rounds, output=output, envs=envs, resume=resume, tell=tell)
-    console.print(table(result), width=None if console.is_terminal else WIDE)
+    shown_on = console if console.is_terminal else Console(width=WIDE)
+    shown_on.print(table(result))
     picture = output.with_suffix(".png")
     plot(result, picture)
     console.print(f"saved {output} and {picture}")
