@@ -108,11 +108,13 @@ def serve(
     from loquetier.runtime import Runtime
     from loquetier.server.services import build_services
     from loquetier.server.store.store import open_store
+    from loquetier.server.telemetry import open_telemetry
 
+    telemetry = open_telemetry(os.environ)
     store = open_store(data_dir, fail_point=fail_points(os.environ))
     runtime = Runtime(base, adapters=adapters, config=engine)
     store.bind(runtime.base_name, runtime.base_fingerprint)
-    services = build_services(runtime, settings, keys, base_root=base, store=store)
+    services = build_services(runtime, settings, keys, base_root=base, store=store, telemetry=telemetry)
     for name, directory in adapters.items():
         services.models.note(name, str(Path(directory).absolute()), int(services.wall()))
     address, number = opened.getsockname()[:2]

@@ -20,6 +20,7 @@ from loquetier.server.auth import KeyRing
 from loquetier.server.serve import Server, open_socket
 from loquetier.server.services import Services, build_services
 from loquetier.server.settings import ServerSettings
+from loquetier.server.telemetry import Telemetry
 
 ENGINE = EngineConfig(dtype="float32", device="cpu", kv_memory=8 * MIB, adapter_memory=16 * MIB)
 DEADLINE = 20.0
@@ -99,11 +100,12 @@ def serving(
     keys: KeyRing | None = None,
     key: str | None = None,
     clock: Callable[[], float] = time.monotonic,
+    telemetry: Telemetry | None = None,
     **settings: Any,
 ) -> Iterator[Live]:
     """Serve `runtime` while the context is open."""
     limits = ServerSettings(**({"port": 0, "grace_seconds": 2.0} | settings))
-    services = build_services(runtime, limits, keys or KeyRing(), clock=clock)
+    services = build_services(runtime, limits, keys or KeyRing(), clock=clock, telemetry=telemetry)
     opened = open_socket(limits)
     server = Server(services)
     server.capture_signals = _no_signals  # type: ignore[method-assign]

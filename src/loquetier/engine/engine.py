@@ -34,6 +34,7 @@ from loquetier.engine.sampler import TokenConstraint
 from loquetier.engine.scheduler import Scheduler
 from loquetier.engine.serving import Serving
 from loquetier.engine.shelf import AdapterShelf
+from loquetier.engine.tally import SECONDS, TOKENS, Tally
 from loquetier.engine.trainer import Trainer
 from loquetier.engine.version_files import VersionFiles
 from loquetier.errors import (
@@ -133,6 +134,8 @@ class Engine:
         self.residency.room_changed = self.admission.look_again
         self.residency.reserved_bytes = lambda: self.admission.reserved_bytes
         self.totals = Totals()
+        self.step_seconds, self.step_tokens = Tally(SECONDS), Tally(TOKENS)
+        """Of steps that did something; tokens are those of requests."""
 
     # --- the step ---
 
@@ -155,6 +158,9 @@ class Engine:
             self.check_integrity()
             report = StepReport(0, 0, 0, 0, 0, time.perf_counter() - started)
         self.totals.add(report)
+        self.step_seconds.add(report.seconds)
+        if report.prefill_rows or report.decode_rows:
+            self.step_tokens.add(report.prefill_rows + report.decode_rows)
         return report
 
     def _schedule(self) -> StepPlan:
@@ -173,6 +179,7 @@ class Engine:
     def _execute(self, plan: StepPlan, started: float) -> StepReport:
         trainer, serving = self.trainer, self.serving
         sampled = batch = None
+        serving.begun(plan)
         if plan.num_rows:
             cuts, dropout = trainer.open_tape(plan, self.config.train_window), trainer.dropout(plan)
             batch = build_batch(

@@ -20,6 +20,7 @@ from loquetier.config import TrainingConfig
 from loquetier.engine.admission import Admission, Ticket
 from loquetier.engine.residency import Residency
 from loquetier.engine.rows import TrainItem
+from loquetier.engine.tally import JobTally
 from loquetier.engine.trainer import JobListener, Trainer
 from loquetier.errors import (
     ConfigError,
@@ -62,6 +63,7 @@ class Jobs:
     """Seconds of the slowest one."""
     publish_bytes: int = 0
     """Bytes of weights copied, over all publishes."""
+    tally: JobTally = field(default_factory=JobTally)
     template_fingerprint: str | None = None
     """Of the base's chat template and tokenizer, under which every job here trains; set by who has the tokenizer."""
     _ids: count[int] = field(default_factory=lambda: count(1))
@@ -82,6 +84,8 @@ class Jobs:
         self._release()
 
     def _after_optimizer_step(self, job: FinetuneJob, record: StepRecord) -> None:
+        self.tally.steps += 1
+        self.tally.tokens += record.num_tokens
         diverged = divergence(job)
         if diverged is None and job.is_published_now:
             self._publish_if_room(job)
@@ -354,6 +358,11 @@ class Jobs:
         if self.find(name) is not None:
             raise ConfigError(f"a job is already training {name!r}; cancel it first, or choose another name")
 
+    @property
+    def open(self) -> list[FinetuneJob]:
+        """Jobs that have not ended."""
+        return [j for j in (*self._waiting.values(), *self.trainer.jobs.values()) if not j.status.is_final]
+
     def find(self, name: str) -> FinetuneJob | None:
         """The job that trains `name` and has not ended, if any."""
         jobs = (*self.trainer.jobs.values(), *self._waiting.values())
@@ -503,6 +512,7 @@ class Jobs:
         self.publishes += 1
         self.publish_seconds += seconds
         self.longest_publish = max(self.longest_publish, seconds)
+        self.tally.publish_seconds.add(seconds)
         self.publish_bytes += self.trainer.arena.slot_bytes(slot)
 
     def _end(
@@ -510,6 +520,7 @@ class Jobs:
     ) -> None:
         self.fail_point("job.before_end")
         job.move(status, reason)
+        self.tally.ended[status.value] += 1
         job.error = error
         self._listeners[job.job_id](job, None)
         if job.job_id in self._waiting:

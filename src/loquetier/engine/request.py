@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -38,6 +39,8 @@ class TokenEvent:
     """On the first event, if asked for: per prompt token, None for the first one."""
     cached_tokens: int = 0
     """On the first event: prompt tokens whose K and V were in the prefix cache."""
+    queue_seconds: float | None = None
+    """On the first event: from the request's arrival to the step that computed its first rows."""
 
 
 @dataclass(slots=True, eq=False)
@@ -53,6 +56,9 @@ class Choice:
     prompt_logprobs: dict[int, dict[int, float]] = field(default_factory=dict)
     """By prompt position; filled chunk by chunk."""
     is_first_event: bool = True
+    arrived: float = field(default_factory=time.perf_counter)
+    queue_seconds: float | None = None
+    """From then to its first rows; None before."""
     error: LoquetierError | None = None
     """Set while a step runs, when this choice alone must end with it."""
 
@@ -97,9 +103,9 @@ def advance(choice: Choice, token_id: int, logprob: float | None, top: dict[int,
         text += _flush(choice)
     if choice.stop.stopped is not None:
         reason, stop_reason = "stop", choice.stop.stopped
-    prompt_logprobs, cached = None, 0
+    prompt_logprobs, cached, waited = None, 0, None
     if choice.is_first_event:
-        cached = seq.num_cached or 0
+        cached, waited = seq.num_cached or 0, choice.queue_seconds
         if seq.needs_prompt_logits:
             prompt_logprobs = (None, *(choice.prompt_logprobs[i] for i in range(1, seq.prompt_len)))
     choice.is_first_event = False
@@ -113,6 +119,7 @@ def advance(choice: Choice, token_id: int, logprob: float | None, top: dict[int,
         stop_reason,
         prompt_logprobs=prompt_logprobs,
         cached_tokens=cached,
+        queue_seconds=waited,
     )
 
 

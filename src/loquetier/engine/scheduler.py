@@ -131,6 +131,8 @@ class Scheduler:
         self._waiting = _OrderedSequences()
         self._running = _OrderedSequences()
         self._open_plan: StepPlan | None = None
+        self.num_preemptions = 0
+        """Since the engine began."""
         self._train_turn = _Turn()
         self._eval_turn = _Turn()
 
@@ -378,6 +380,7 @@ class Scheduler:
         self._release(seq, SequenceStatus.WAITING)
         seq.num_computed = 0
         seq.num_preemptions += 1
+        self.num_preemptions += 1
         self._waiting.add(seq)
         draft.drop(seq)
 

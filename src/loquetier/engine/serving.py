@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
@@ -18,7 +19,7 @@ from loquetier.engine.hold import HoldState
 from loquetier.engine.prefix import CacheSpace
 from loquetier.engine.request import Choice, FinishReason, Request, TokenEvent, advance
 from loquetier.engine.residency import Residency
-from loquetier.engine.rows import Sequence, SequenceStatus
+from loquetier.engine.rows import Sequence, SequenceStatus, StepPlan
 from loquetier.engine.sampler import SampledTokens, TokenConstraint, new_state, prompt_logprobs, sample
 from loquetier.engine.scheduler import Scheduler
 from loquetier.engine.stopping import StopChecker
@@ -148,6 +149,13 @@ class Serving:
         if tokenizer is not None:
             detokenizer = IncrementalDetokenizer(tokenizer, prompt, params.skip_special_tokens)
         return Choice(request, index, seq, sampler, detokenizer, StopChecker(params.stop))
+
+    def begun(self, plan: StepPlan) -> None:
+        """The plan's step begins: whoever gets his first rows has waited until now."""
+        for chunk in plan.prefill:
+            choice = self.choices.get(chunk.seq.seq_id)
+            if choice is not None and choice.queue_seconds is None:
+                choice.queue_seconds = time.perf_counter() - choice.arrived
 
     def sample(self, batch: Batch, hidden_MD: Tensor) -> SampledTokens | None:
         """Sample the next token of every sequence that is complete up to its last token."""

@@ -19,6 +19,7 @@ from loquetier.server.problems import ApiError, bad
 from loquetier.server.running import Running, running
 from loquetier.server.services import Services
 from loquetier.server.sse import EventStream, encode, until_gone
+from loquetier.server.telemetry import Observation, Outcome
 
 VERSION_HEADER = "x-loquetier-model-version"
 
@@ -63,36 +64,39 @@ async def answer(
     if order.priority < 0 and Scope.ADMIN not in who.scopes:
         raise bad("a priority below 0 needs a key with the scope 'admin'", "priority")
     work = _start_stream if order.streaming is not None else _whole
-    task = asyncio.create_task(_counted(services, order, work(services, who, order, prompts, make_shape)))
+    seen = services.telemetry.begin(order, request.headers)
+    task = asyncio.create_task(_counted(services, seen, work(services, who, seen, prompts, make_shape)))
     response: Response = await until_gone(request.receive, task)
     return response
 
 
-async def _counted(services: Services, order: Order, work: Any) -> Response:
+async def _counted(services: Services, seen: Observation, work: Any) -> Response:
     try:
         response: Response = await work
         return response
     except ApiError as error:
         if error.status in (429, 503):
-            services.metrics.refused(order.model.partition("@")[0], error.api_code or "other")
+            services.metrics.refused(_name(seen.order), error.api_code or "other")
+        seen.end(Outcome("error", error_type=error.api_code or str(error.status)))
         raise
 
 
 async def _whole(
-    services: Services, who: Principal, order: Order, prompts: Sequence[Sequence[int]], make_shape: MakeShape
+    services: Services, who: Principal, seen: Observation, prompts: Sequence[Sequence[int]], make_shape: MakeShape
 ) -> Response:
+    order = seen.order
     async with running(services, who, order, prompts) as run:
-        services.metrics.admitted(_name(order), map(len, prompts), order.params.n)
+        services.metrics.admitted(_name(order), map(len, prompts), order.params.n, order.params.max_tokens)
         collectors = [Collector(run.label, list(p), order.params.n) for p in prompts]
         try:
             async for batch in run.batches():
                 for index, event in batch:
                     collectors[index].add(event)
         except BaseException as error:
-            _finished(services, order, run, "error" if isinstance(error, ApiError) else "abort")
+            _finished(services, seen, run, "error" if isinstance(error, ApiError) else "abort", error)
             raise
         completions = [c.completion() for c in collectors]
-        _finished(services, order, run, completions[0].answers[0].finish_reason or "stop")
+        _finished(services, seen, run, completions[0].answers[0].finish_reason or "stop")
     shape = make_shape(run.label)
     body = await asyncio.to_thread(_encode_whole, shape, completions, run.completion_tokens, run.cached_tokens)
     return Response(body, 200, {VERSION_HEADER: run.label}, "application/json")
@@ -103,19 +107,20 @@ def _encode_whole(shape: Shape, completions: Sequence[Completion], generated: in
 
 
 async def _start_stream(
-    services: Services, who: Principal, order: Order, prompts: Sequence[Sequence[int]], make_shape: MakeShape
+    services: Services, who: Principal, seen: Observation, prompts: Sequence[Sequence[int]], make_shape: MakeShape
 ) -> Response:
+    order = seen.order
     async with AsyncExitStack() as stack:
         run = await stack.enter_async_context(running(services, who, order, prompts))
-        services.metrics.admitted(_name(order), map(len, prompts), order.params.n)
-        parts = _stream(services, order, run, make_shape(run.label))
+        services.metrics.admitted(_name(order), map(len, prompts), order.params.n, order.params.max_tokens)
+        parts = _stream(services, seen, run, make_shape(run.label))
         headers = {VERSION_HEADER: run.label}
         return EventStream(parts, stack.pop_all(), headers)
     raise AssertionError("unreachable")
 
 
-async def _stream(services: Services, order: Order, run: Running, shape: Shape) -> AsyncGenerator[bytes, None]:
-    options = order.streaming
+async def _stream(services: Services, seen: Observation, run: Running, shape: Shape) -> AsyncGenerator[bytes, None]:
+    options, failure = seen.order.streaming, None
     assert options is not None
     reason = "abort"
     try:
@@ -133,15 +138,29 @@ async def _stream(services: Services, order: Order, run: Running, shape: Shape) 
                 yield b"".join(out)
         if options.usage:
             yield encode(shape.empty_chunk() | {"usage": usage(shape, run.completion_tokens, run.cached_tokens)})
-    except ApiError:
-        reason = "error"
+    except ApiError as error:
+        reason, failure = "error", error
         raise
     finally:
-        _finished(services, order, run, reason)
+        _finished(services, seen, run, reason, failure)
 
 
-def _finished(services: Services, order: Order, run: Running, reason: str) -> None:
-    services.metrics.finished(_name(order), run.times, run.completion_tokens, reason)
+def _finished(
+    services: Services, seen: Observation, run: Running, reason: str, error: BaseException | None = None
+) -> None:
+    services.metrics.finished(_name(seen.order), run.times, run.completion_tokens, reason)
+    kind = (error.api_code or str(error.status)) if isinstance(error, ApiError) else None
+    seen.end(
+        Outcome(
+            reason,
+            input_tokens=run.prompt_tokens,
+            output_tokens=run.completion_tokens,
+            cached_tokens=run.cached_tokens,
+            label=run.label,
+            times=run.times,
+            error_type=kind or ("client_gone" if reason == "abort" else None),
+        )
+    )
 
 
 def _name(order: Order) -> str:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from loquetier.server.engine_metrics import OTHER, EngineCollector
 from loquetier.server.settings import ServerSettings
-from loquetier.server.watch import AdapterPulse, Pulse
+from loquetier.server.watch import Pulse
 
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000)
@@ -24,6 +25,8 @@ class RequestTimes:
     began: float = field(init=False)
     first: float | None = None
     last: float | None = None
+    queued: float | None = None
+    """Seconds until the engine computed the first rows."""
     gaps: list[float] = field(default_factory=list)
     """Between tokens, since they were last collected."""
 
@@ -49,10 +52,7 @@ class Metrics:
         self._models: set[str] = {base_name}
         self._prefixes = ("loquetier", "vllm") if settings.vllm_metrics else ("loquetier",)
         self._counters: dict[str, list[Counter]] = {}
-        self._gauges: dict[str, list[Gauge]] = {}
         self._histograms: dict[str, list[Histogram]] = {}
-        self._counted: dict[str, int] = {}
-        """Of the counters that the engine keeps: what was taken over so far."""
         self._build()
 
     def _build(self) -> None:
@@ -62,8 +62,6 @@ class Metrics:
             ("generation_tokens", "Generated tokens.", model),
             ("request_success", "Completed requests.", ("model_name", "finished_reason")),
             ("admission_rejections", "Requests refused at the door.", ("model_name", "reason")),
-            ("prefix_cache_queries", "Tokens looked for in the prefix cache.", model),
-            ("prefix_cache_hits", "Tokens found in the prefix cache.", model),
         ):
             self._counters[name] = [
                 Counter(f"{p}:{name}", text, labels, registry=self.registry) for p in self._prefixes
@@ -75,17 +73,16 @@ class Metrics:
             ("e2e_request_latency_seconds", "From admission to the last token.", _SECONDS),
             ("request_prompt_tokens", "Prompt tokens per request.", _TOKENS),
             ("request_generation_tokens", "Generated tokens per request.", _TOKENS),
+            ("request_queue_time_seconds", "From arrival in the engine to the first rows.", _SECONDS),
+            ("request_inference_time_seconds", "From the first rows to the last token.", _SECONDS),
+            ("request_prefill_time_seconds", "From the first rows to the first token.", _SECONDS),
+            ("request_decode_time_seconds", "From the first token to the last.", _SECONDS),
             ("request_params_n", "Answers asked for per prompt.", (1, 2, 5, 10, 20, 50, 128)),
+            ("request_params_max_tokens", "Most tokens asked for per answer.", _TOKENS),
         ):
             self._histograms[name] = [
                 Histogram(f"{p}:{name}", text, model, buckets=buckets, registry=self.registry) for p in self._prefixes
             ]
-        for name, text in (
-            ("num_requests_running", "Answers that hold KV memory."),
-            ("num_requests_waiting", "Answers that wait for KV memory."),
-            ("kv_cache_usage_perc", "Part of the KV cache in use, 0 to 1."),
-        ):
-            self._gauges[name] = [Gauge(f"{p}:{name}", text, model, registry=self.registry) for p in self._prefixes]
         self._build_own()
 
     def _build_own(self) -> None:
@@ -125,13 +122,10 @@ class Metrics:
                 ("adapter_load_failures_total", "Versions that could not be brought in.", ()),
                 ("adapter_bytes_used", "Bytes of adapter memory in use.", ()),
                 ("adapter_bytes_total", "Bytes of adapter memory.", ()),
-                ("engine_rows_total", "Rows since the start, by kind.", ("kind",)),
-                ("engine_steps_total", "Steps since the start.", ()),
-                ("engine_mixed_steps_total", "Steps that served and trained.", ()),
-                ("publishes_total", "Published versions.", ()),
-                ("publish_seconds_total", "Seconds spent publishing.", ()),
             )
         }
+        self._engine = EngineCollector(self._base, self._prefixes, self.known)
+        registry.register(self._engine)
 
     def model(self, name: str) -> str:
         """The label for a model that is known to exist; "other" beyond the cap."""
@@ -140,15 +134,21 @@ class Metrics:
         if len(self._models) < self._settings.metric_models:
             self._models.add(name)
             return name
-        return "other"
+        return OTHER
 
-    def admitted(self, model: str, prompt_tokens: Iterable[int], n: int) -> None:
-        """A request was queued."""
+    def known(self, name: str) -> str:
+        """The label of a model that has one by now, else "other": reading the metrics makes no labels."""
+        return name if name in self._models else OTHER
+
+    def admitted(self, model: str, prompt_tokens: Iterable[int], n: int, max_tokens: int | None) -> None:
+        """A request was queued. `max_tokens`: None where the context's end decides."""
         label = self.model(model)
         for count in prompt_tokens:
             self._count("prompt_tokens", count, label)
             self._observe("request_prompt_tokens", count, label)
         self._observe("request_params_n", n, label)
+        if max_tokens is not None:
+            self._observe("request_params_max_tokens", max_tokens, label)
 
     def refused(self, model: str, reason: str) -> None:
         """A request for an existing model was refused at the door. `reason` is one of our own codes."""
@@ -164,6 +164,14 @@ class Metrics:
         if times.first is None or times.last is None:
             return
         self._observe("time_to_first_token_seconds", times.first - times.began, label)
+        queued = times.queued or 0.0
+        for name, seconds in (
+            ("queue", queued),
+            ("prefill", times.first - times.began - queued),
+            ("decode", times.last - times.first),
+            ("inference", times.last - times.began - queued),
+        ):
+            self._observe(f"request_{name}_time_seconds", max(0.0, seconds), label)
         for gap in times.gaps:
             self._observe("inter_token_latency_seconds", gap, label)
         self._goal("ttft", self._settings.slo_ttft, times.first - times.began)
@@ -186,34 +194,15 @@ class Metrics:
 
     def page(self, pulse: Pulse | None) -> bytes:
         """The text of ``/metrics``."""
+        self._engine.pulse = pulse
         if pulse is not None:
-            self._set_pulse(pulse)
+            self._set_adapters(pulse)
         return generate_latest(self.registry)
 
-    def _set_pulse(self, pulse: Pulse) -> None:
-        usage = 1 - pulse.kv_pages_free / pulse.kv_pages
-        for name, value in (
-            ("num_requests_running", pulse.num_running),
-            ("num_requests_waiting", pulse.num_waiting),
-            ("kv_cache_usage_perc", usage),
-        ):
-            for gauge in self._gauges[name]:
-                gauge.labels(self._base).set(value)
-        self._take_over("prefix_cache_queries", pulse.prefix_queries)
-        self._take_over("prefix_cache_hits", pulse.prefix_hits)
-        self._set_adapters(pulse.adapters)
-        own = self._own_gauges
+    def _set_adapters(self, pulse: Pulse) -> None:
+        found, own = pulse.adapters, self._own_gauges
         own["adapter_bytes_used"].set(pulse.arena_bytes - pulse.arena_bytes_free)
         own["adapter_bytes_total"].set(pulse.arena_bytes)
-        own["engine_steps_total"].set(pulse.totals.steps)
-        own["engine_mixed_steps_total"].set(pulse.totals.mixed_steps)
-        own["publishes_total"].set(pulse.publishes)
-        own["publish_seconds_total"].set(pulse.publish_seconds)
-        for kind in ("train", "eval", "prefill", "decode"):
-            own["engine_rows_total"].labels(kind).set(getattr(pulse.totals, f"{kind}_rows"))
-
-    def _set_adapters(self, found: AdapterPulse) -> None:
-        own = self._own_gauges
         own["adapters_resident"].set(found.num_resident)
         own["adapters_registered"].set(found.num_registered)
         own["adapters_waiting"].set(found.num_waiting)
@@ -236,11 +225,6 @@ class Metrics:
     def adapter_swapped_in(self, seconds: float) -> None:
         """A version that was registered has come into memory. Any thread."""
         self._swap_in.observe(seconds)
-
-    def _take_over(self, name: str, total: int) -> None:
-        """Bring a counter up to what the engine has counted."""
-        self._count(name, total - self._counted.get(name, 0), self._base)
-        self._counted[name] = total
 
     def _count(self, name: str, amount: float, *labels: str) -> None:
         for counter in self._counters[name]:

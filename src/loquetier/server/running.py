@@ -36,7 +36,7 @@ class Running:
         self.num_open = num_prompts * order.params.n
         self.label = ""
         """The version that answers."""
-        self.completion_tokens = 0
+        self.prompt_tokens = self.completion_tokens = 0
         self.cached_tokens = 0
         """Prompt tokens that were in the prefix cache, of each prompt's first answer."""
         self._has_failed = False
@@ -44,6 +44,7 @@ class Running:
 
     async def start(self, prompts: Sequence[Sequence[int]]) -> None:
         """Queue the order. Raises ApiError, with nothing queued."""
+        self.prompt_tokens = sum(map(len, prompts))
         order, quarantine = self._order, self._services.quarantine
         quarantine.check(order.model)
         space = CacheSpace(self._who.owner, order.cache_salt or "")
@@ -70,6 +71,8 @@ class Running:
             if not self.completion_tokens:
                 self._services.admission.started(self._waiting)
             self.completion_tokens += 1
+            if self.times.first is None:
+                self.times.queued = event.queue_seconds
             self.times.token()
         if event.index == 0:
             self.cached_tokens += event.cached_tokens

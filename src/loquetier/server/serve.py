@@ -161,6 +161,7 @@ def serve(services: Services, opened: socket.socket) -> int:
     """
     server = Server(services)
     server.run(sockets=[opened])
+    services.telemetry.close()
     if server.death is None:
         services.runtime.close()
         return 0

@@ -19,6 +19,7 @@ from loquetier.server.models import ModelBook
 from loquetier.server.quarantine import Quarantine
 from loquetier.server.settings import ServerSettings
 from loquetier.server.store.store import Store
+from loquetier.server.telemetry import Telemetry
 from loquetier.server.text import TextDesk
 from loquetier.server.watch import Watch
 
@@ -48,6 +49,7 @@ class Services:
     grammars: GrammarDesk
     metrics: Metrics
     watch: Watch
+    telemetry: Telemetry
     store: Store | None
     """What is durable; None for a server without files and jobs."""
     open_runs: set[Running] = field(default_factory=set)
@@ -62,12 +64,15 @@ def build_services(
     clock: Callable[[], float] = time.monotonic,
     wall: Callable[[], float] = time.time,
     store: Store | None = None,
+    telemetry: Telemetry | None = None,
 ) -> Services:
     """The services over one runtime."""
     port = runtime.port
     models = ModelBook(port, base_root or runtime.base_name, int(wall()))
     metrics = Metrics(settings, port.base_name)
     runtime.on_swapped_in(metrics.adapter_swapped_in)
+    telemetry = telemetry or Telemetry()
+    telemetry.label_of, telemetry.clock = metrics.model, clock
     return Services(
         runtime=runtime,
         port=port,
@@ -85,5 +90,6 @@ def build_services(
         grammars=GrammarDesk(runtime.tokenizer, port.vocab_size, port.eos_token_ids),
         metrics=metrics,
         watch=Watch(port, settings, clock),
+        telemetry=telemetry,
         store=store,
     )

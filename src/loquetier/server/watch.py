@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 from loquetier.engine.engine import Engine, Totals
+from loquetier.engine.rows import SequenceStatus
+from loquetier.engine.tally import Tally
 from loquetier.engine_port import EnginePort
 from loquetier.server.settings import ServerSettings
 
@@ -62,10 +65,27 @@ class Pulse:
     arena_bytes: int
     arena_bytes_free: int
     tokens_generated: int
-    publishes: int
-    publish_seconds: float
     totals: Totals
     adapters: AdapterPulse
+    num_deferred: int
+    """Answers that wait for their adapter."""
+    running: Mapping[str, int]
+    """Answers with KV memory, by adapter."""
+    waiting: Mapping[str, int]
+    preemptions: int
+    step_tokens: Tally
+    step_seconds: Tally
+    prediction_error: float | None
+    """Of the step time, relative; None before anything could be predicted."""
+    jobs: Mapping[str, int]
+    """In the engine, by state."""
+    jobs_ended: Mapping[str, int]
+    train_steps: int
+    train_tokens: int
+    publishes: Tally
+    """Seconds."""
+    cache: Mapping[str, str]
+    """What `cache_config_info` tells of the KV cache."""
 
 
 @dataclass(slots=True)
@@ -112,9 +132,10 @@ class Watch:
 
 
 def _pulse(engine: Engine) -> Pulse:
+    scheduler, jobs = engine.scheduler, engine.jobs
     return Pulse(
-        num_running=engine.scheduler.num_running,
-        num_waiting=engine.scheduler.num_waiting + engine.residency.num_waiting,
+        num_running=scheduler.num_running,
+        num_waiting=scheduler.num_waiting,
         kv_pages=engine.allocator.num_pages,
         kv_pages_free=engine.scheduler.pages.num_available,
         prefix_queries=engine.scheduler.pages.num_queried,
@@ -122,9 +143,20 @@ def _pulse(engine: Engine) -> Pulse:
         arena_bytes=engine.arena.total_bytes,
         arena_bytes_free=engine.arena.free_bytes,
         tokens_generated=engine.serving.tokens_generated,
-        publishes=engine.jobs.publishes,
-        publish_seconds=engine.jobs.publish_seconds,
-        totals=engine.totals,
+        totals=replace(engine.totals),
+        num_deferred=max(0, len(engine.serving.choices) - scheduler.num_running - scheduler.num_waiting),
+        running=_by_adapter(engine, is_running=True),
+        waiting=_by_adapter(engine, is_running=False),
+        preemptions=scheduler.num_preemptions,
+        step_tokens=engine.step_tokens.copy(),
+        step_seconds=engine.step_seconds.copy(),
+        prediction_error=scheduler.cost.prediction_error,
+        jobs=Counter(job.status.value for job in jobs.open),
+        jobs_ended=dict(jobs.tally.ended),
+        train_steps=jobs.tally.steps,
+        train_tokens=jobs.tally.tokens,
+        publishes=jobs.tally.publish_seconds.copy(),
+        cache=_cache_config(engine),
         adapters=_adapters(engine),
     )
 
@@ -154,3 +186,23 @@ def _adapters(engine: Engine) -> AdapterPulse:
         load_seconds=totals.load_seconds,
         saves=residency.files.num_saved,
     )
+
+
+def _by_adapter(engine: Engine, *, is_running: bool) -> dict[str, int]:
+    """Answers by adapter; those of the base are not counted."""
+    found: Counter[str] = Counter()
+    for choice in engine.serving.choices.values():
+        name = choice.request.version.name
+        if name != engine.base.name and (choice.seq.status is SequenceStatus.RUNNING) is is_running:
+            found[name] += 1
+    return dict(found)
+
+
+def _cache_config(engine: Engine) -> dict[str, str]:
+    return {
+        "block_size": str(engine.allocator.page_size),
+        "num_gpu_blocks": str(engine.allocator.num_pages),
+        "cache_dtype": str(engine.base.dtype).removeprefix("torch."),
+        "enable_prefix_caching": str(engine.config.prefix_cache and engine.serving.may_share),
+        "kv_cache_memory_bytes": str(engine.allocator.num_pages * engine.base.page_bytes(engine.allocator.page_size)),
+    }
