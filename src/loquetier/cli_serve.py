@@ -119,9 +119,7 @@ def serve(
         services.models.note(name, str(Path(directory).absolute()), int(services.wall()))
     address, number = opened.getsockname()[:2]
     typer.echo(f"serving {runtime.base_name} on http://{f'[{address}]' if ':' in address else address}:{number}/v1")
-    code = run(services, opened)
-    store.close()
-    if code:
+    if code := run(services, opened):
         raise typer.Exit(code)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from loquetier.adapters.registry import AdapterVersion
+from loquetier.adapters.spec import LinearTarget
 from loquetier.config import SamplingParams
 from loquetier.engine.engine import Engine
 from loquetier.engine.loop import EngineLoop
@@ -53,6 +54,11 @@ class EnginePort:
     def vocab_size(self) -> int:
         """Token ids are in ``[0, vocab_size)``."""
         return self._engine.base.vocab_size
+
+    @property
+    def targets(self) -> Sequence[LinearTarget]:
+        """Every linear of the base that an adapter may sit on."""
+        return self._engine.base.targets
 
     @property
     def max_context(self) -> int:

@@ -29,8 +29,17 @@ POINTS: Final = (
 )
 """Every place that a job passes."""
 SERVER_POINTS: Final = (
+    "upload.before_rename",
+    "upload.before_commit",
+    "upload.after_commit",
+    "create.before_commit",
+    "create.after_commit",
     "adapter.before_rename",
     "adapter.before_commit",
+    "finish.before_commit",
+    "finish.after_commit",
+    "unload.before_commit",
+    "unload.after_commit",
 )
 """Every place that only the server passes, on its way to something durable."""
 FailPoint = Callable[[str], None]

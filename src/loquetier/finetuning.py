@@ -257,6 +257,17 @@ class FinetuneHandle:
             raise self.job.error
         return self.history
 
+    def wait_files(self) -> None:
+        """After the end: wait until the job's files are written."""
+        self._file_pump.join()
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait until its observers were told of the end; False when they were not within `timeout` seconds.
+
+        Must not be called by an observer.
+        """
+        return self._pump.join(timeout) and self._file_pump.join(timeout)
+
 
 def poll_steps(handle: FinetuneHandle, seconds: float = 0.2) -> Iterator[StepRecord]:
     """Records as they come, until the job ends (for progress displays)."""

@@ -17,9 +17,10 @@ from tests.server.published import check
 from loquetier.config import MIB, EngineConfig
 from loquetier.runtime import Runtime
 from loquetier.server.auth import KeyRing
-from loquetier.server.serve import Server, open_socket
+from loquetier.server.serve import Server, close, open_socket
 from loquetier.server.services import Services, build_services
 from loquetier.server.settings import ServerSettings
+from loquetier.server.store.store import Store
 from loquetier.server.telemetry import Telemetry
 
 ENGINE = EngineConfig(dtype="float32", device="cpu", kv_memory=8 * MIB, adapter_memory=16 * MIB)
@@ -101,11 +102,14 @@ def serving(
     key: str | None = None,
     clock: Callable[[], float] = time.monotonic,
     telemetry: Telemetry | None = None,
+    store: Store | None = None,
     **settings: Any,
 ) -> Iterator[Live]:
-    """Serve `runtime` while the context is open."""
+    """Serve `runtime` while the context is open; with a `store`, both are closed at the end."""
     limits = ServerSettings(**({"port": 0, "grace_seconds": 2.0} | settings))
-    services = build_services(runtime, limits, keys or KeyRing(), clock=clock, telemetry=telemetry)
+    services = build_services(runtime, limits, keys or KeyRing(), clock=clock, telemetry=telemetry, store=store)
+    if services.tuning is not None:
+        services.tuning.start()
     opened = open_socket(limits)
     server = Server(services)
     server.capture_signals = _no_signals  # type: ignore[method-assign]
@@ -120,6 +124,9 @@ def serving(
         thread.join(DEADLINE)
         opened.close()
         assert not thread.is_alive(), "the server did not stop"
+        if store is not None:
+            runtime.check_integrity()
+            close(services)
 
 
 @contextmanager

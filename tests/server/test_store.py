@@ -168,7 +168,10 @@ def test_recovery_removes_what_no_row_knows(tmp_path: Path, clock: Clock) -> Non
 
 
 def test_another_base_is_refused(store: Store) -> None:
+    store.bind("none", "sha256:0")  # of no consequence while there is nothing in it
     store.bind("one", "sha256:1")
+    with store.write() as c:
+        store.adapters.create(c, "a", "me", "loaded", "/x")
     store.bind("renamed", "sha256:1")
     with pytest.raises(ConfigError, match=r"'one'.*other weights"):
         store.bind("two", "sha256:2")

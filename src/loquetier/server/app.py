@@ -18,7 +18,7 @@ from loquetier.server.auth import Scope
 from loquetier.server.gate import Gate
 from loquetier.server.guard import check_guards, need
 from loquetier.server.problems import ApiError, bad, from_error, response_of
-from loquetier.server.routes import adapters, chat, completions, health, models, tokens
+from loquetier.server.routes import adapters, chat, completions, files, health, jobs, models, tokens
 from loquetier.server.services import Services
 
 ROOMS = (models, chat, completions, tokens, adapters, health)
@@ -47,7 +47,8 @@ def create_app(services: Services, more: Sequence[APIRouter] = ()) -> FastAPI:
         openapi_url=None,
         redirect_slashes=False,
     )
-    for router in (*(room.router(services) for room in ROOMS), *more):
+    tuned = [] if services.tuning is None else [files.router(services.tuning), jobs.router(services.tuning)]
+    for router in (*(room.router(services) for room in ROOMS), *tuned, *more):
         app.router.routes.extend(router.routes)  # flat, so that `check_guards` sees every route as it is
 
     @app.get("/openapi.json", dependencies=[need(*Scope)], include_in_schema=False)

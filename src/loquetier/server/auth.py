@@ -42,6 +42,10 @@ class Principal:
     tokens_per_minute: int | None = None
     concurrency: int | None = None
     """Inference requests at once."""
+    jobs: int | None = None
+    """Fine-tuning jobs of its owner that have not ended, when it makes another one."""
+    storage_bytes: int | None = None
+    """Bytes of its owner's files, when it adds one."""
 
     def may_use(self, name: str) -> bool:
         """Whether this key may ask the model called `name` (without ``@version``)."""
@@ -102,7 +106,8 @@ def load_keys(path: Path) -> KeyRing:
 
 
 _KNOWN = frozenset(
-    {"id", "owner", "sha256", "scopes", "adapters", "requests_per_minute", "tokens_per_minute", "concurrency"}
+    {"id", "owner", "sha256", "scopes", "adapters"}
+    | {"requests_per_minute", "tokens_per_minute", "concurrency", "jobs", "storage_bytes"}
 )
 
 
@@ -130,7 +135,7 @@ def _read_key(table: Any, number: int) -> tuple[str, Principal]:
     )
 
 
-_LIMITS = ("requests_per_minute", "tokens_per_minute", "concurrency")
+_LIMITS = ("requests_per_minute", "tokens_per_minute", "concurrency", "jobs", "storage_bytes")
 
 
 def _limit(table: dict[str, Any], name: str, where: str) -> int | None:

@@ -86,7 +86,11 @@ def parse_json(body: bytes, max_depth: int) -> dict[str, Any]:
 
 async def read_model(request: Request, settings: ServerSettings, kind: type[M]) -> M:
     """The body, validated. Raises ApiError as `read_json`, and 400 with `param` for what the schema refuses."""
-    value = await read_json(request, settings)
+    return parse_model(await read_json(request, settings), kind)
+
+
+def parse_model(value: dict[str, Any], kind: type[M]) -> M:
+    """A JSON object, validated. Raises ApiError 400 with `param` for what the schema refuses."""
     try:
         return kind.model_validate(value)
     except ValidationError as error:
@@ -108,4 +112,4 @@ def from_validation(error: ValidationError) -> ApiError:
 _UNION_TAGS = frozenset({"str", "int", "float", "bool", "tuple", "list", "constrained-str"})
 """Names of a union's members, which pydantic puts into the place."""
 
-__all__ = ["ClientDisconnect", "from_validation", "parse_json", "read_json", "read_model"]
+__all__ = ["ClientDisconnect", "from_validation", "parse_json", "parse_model", "read_json", "read_model"]

@@ -10,6 +10,7 @@ from loquetier.adapters.registry import NAME_PATTERN, AdapterVersion
 from loquetier.engine_port import EnginePort
 from loquetier.server.auth import Principal
 from loquetier.server.problems import model_not_found
+from loquetier.server.store.adapters import AdapterTable
 
 _PINNED = re.compile(rf"({NAME_PATTERN.pattern})(?:@([0-9]{{1,18}}))?")
 
@@ -23,6 +24,8 @@ class ModelBook:
     """What the base was loaded from, as the operator named it."""
     started: int
     """Unix seconds."""
+    durable: AdapterTable | None = None
+    """Whose adapters are whose."""
     roots: dict[str, tuple[str, int]] = field(default_factory=dict)
     """By adapter: its directory and when it was loaded (Unix seconds)."""
 
@@ -33,7 +36,7 @@ class ModelBook:
             ApiError: 404, for what does not exist as for what this key may not use.
         """
         name = model.partition("@")[0] if model != self.port.base_name else model
-        if not who.may_use(name):
+        if not who.may_use(name) or (self.durable is not None and self.durable.stranger(name, who.owner)):
             raise model_not_found(model)
         if model == self.port.base_name:
             return None
@@ -67,7 +70,8 @@ class ModelBook:
 
     def cards(self, who: Principal) -> list[dict[str, Any]]:
         """The base first, then adapters in the order they came; only what this key may use."""
-        live = [v for v in self.port.versions() if v.is_live and who.may_use(v.name)]
+        strangers = set() if self.durable is None else self.durable.strangers(who.owner)
+        live = [v for v in self.port.versions() if v.is_live and who.may_use(v.name) and v.name not in strangers]
         base = [self.card(None)] if who.may_use(self.port.base_name) else []
         return [*base, *(self.card(v) for v in live)]
 

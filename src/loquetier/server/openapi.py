@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from typing import Any
 
 from pydantic import BaseModel
@@ -12,6 +13,38 @@ def body_schema(kind: type[BaseModel]) -> dict[str, Any]:
     schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
     schema.update(_inline(schema, schema.pop("$defs", {})))
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route: the statuses of its own, and those that every route has."""
+    shape = {"content": {"application/json": {"schema": ERROR_SCHEMA}}}
+    known = sorted({400, 401, 403, 429, *statuses})
+    return {status: {"description": HTTPStatus(status).phrase, **shape} for status in known}
+
+
+def links(operation: str, parameter: str) -> dict[int | str, dict[str, Any]]:
+    """`responses` with a link from the answer's `id` to the route that shows it."""
+    link = {"operationId": operation, "parameters": {parameter: "$response.body#/id"}}
+    return {200: {"links": {operation: link}}}
+
+
+ERROR_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+"""OpenAI's error object."""
 
 
 def _inline(value: Any, definitions: dict[str, Any]) -> Any:

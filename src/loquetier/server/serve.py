@@ -118,6 +118,8 @@ class Server(uvicorn.Server):
 
     def _stop(self, at_once: bool) -> None:
         self.services.admission.is_draining = True
+        if self.services.tuning is not None:
+            self.services.tuning.bell.ring()  # streams of events end now
         if self._stopping is None or at_once:
             if self._stopping is not None:
                 self._stopping.cancel()
@@ -157,16 +159,27 @@ class Server(uvicorn.Server):
 def serve(services: Services, opened: socket.socket) -> int:
     """Serve until told to stop. Returns the exit code: 0 stopped in order, 1 the engine died.
 
-    A hung engine cannot be closed: the process is ended there and then.
+    Jobs write a checkpoint and go on after the next start. A hung engine cannot be closed: the process ends there
+    and then.
     """
     server = Server(services)
+    if services.tuning is not None:
+        services.tuning.start()
     server.run(sockets=[opened])
     services.telemetry.close()
     if server.death is None:
-        services.runtime.close()
+        close(services)
         return 0
     if services.port.is_alive:
         log.error("exit", reason="the engine hangs")
         sys.stderr.flush()
         os._exit(1)
     return 1
+
+
+def close(services: Services) -> None:
+    """Stop the engine, which checkpoints the jobs; then what was recorded of them is written, and the store closed."""
+    services.runtime.close()
+    if services.tuning is not None:
+        services.tuning.close()
+        services.tuning.store.close()

@@ -21,6 +21,7 @@ from loquetier.server.settings import ServerSettings
 from loquetier.server.store.store import Store
 from loquetier.server.telemetry import Telemetry
 from loquetier.server.text import TextDesk
+from loquetier.server.tuning import Tuning, build_tuning
 from loquetier.server.watch import Watch
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ class Services:
     metrics: Metrics
     watch: Watch
     telemetry: Telemetry
-    store: Store | None
-    """What is durable; None for a server without files and jobs."""
+    tuning: Tuning | None
+    """Files and jobs, and the store below them; None for a server without."""
     open_runs: set[Running] = field(default_factory=set)
     """Orders in the engine; ended with an error when the time to drain is over."""
 
@@ -68,7 +69,8 @@ def build_services(
 ) -> Services:
     """The services over one runtime."""
     port = runtime.port
-    models = ModelBook(port, base_root or runtime.base_name, int(wall()))
+    models = ModelBook(port, base_root or runtime.base_name, int(wall()), None if store is None else store.adapters)
+    admission = Admission(settings, clock)
     metrics = Metrics(settings, port.base_name)
     runtime.on_swapped_in(metrics.adapter_swapped_in)
     telemetry = telemetry or Telemetry()
@@ -82,7 +84,7 @@ def build_services(
         wall=wall,
         limiter=Limiter(clock),
         bad_keys=BadKeys(clock, settings.bad_keys_per_minute),
-        admission=Admission(settings, clock),
+        admission=admission,
         models=models,
         adapters=AdapterDesk(runtime, port, models, metrics, settings.adapter_root, clock, wall),
         quarantine=Quarantine(clock, models.label_of),
@@ -91,5 +93,5 @@ def build_services(
         metrics=metrics,
         watch=Watch(port, settings, clock),
         telemetry=telemetry,
-        store=store,
+        tuning=None if store is None else build_tuning(runtime, store, settings, admission, models, wall),
     )

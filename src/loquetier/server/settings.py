@@ -24,6 +24,14 @@ class ServerSettings:
     max_body_bytes: int = 8 * MIB
     """Of a JSON body; more is 413."""
     max_json_depth: int = 64
+    max_file_bytes: int = 512 * MIB
+    """Of one uploaded file; more is 413."""
+    max_storage_bytes: int = 64 * 1024 * MIB
+    """Of all files of an owner whose key says nothing else; more is 403."""
+    max_jobs: int = 64
+    """Fine-tuning jobs that have not ended; more is 429."""
+    max_jobs_per_owner: int = 16
+    """The same, of an owner whose key says nothing else."""
     body_timeout: float = 30.0
     """Seconds that a client may take to send its body; more is 408."""
     header_timeout: float = 10.0

@@ -30,6 +30,8 @@ def router(services: Services) -> APIRouter:
         problem = services.watch.problem
         if services.admission.is_draining:
             problem = "the server is shutting down"
+        elif services.tuning is not None and services.tuning.problem is not None:
+            problem = services.tuning.problem
         elif services.watch.pulse is None:
             problem = problem or "the engine has not answered yet"
         if problem is not None:

@@ -181,6 +181,32 @@ class AdapterTable:
         c.execute("DELETE FROM versions WHERE name = ?", (name,))
         return c.execute("DELETE FROM adapters WHERE name = ?", (name,)).rowcount == 1
 
+    def forget_unborn(self, c: sqlite3.Connection, job_id: str) -> None:
+        """Forget the adapter of a job that has ended before anything answered under its name."""
+        c.execute(
+            "DELETE FROM adapters WHERE job_id = ? AND NOT EXISTS (SELECT 1 FROM versions WHERE name = adapters.name) "
+            "AND NOT EXISTS (SELECT 1 FROM jobs WHERE jobs.id = job_id AND is_published)",
+            (job_id,),
+        )
+
+    def forget_lost(self, c: sqlite3.Connection) -> None:
+        """At a start: forget adapters of ended jobs whose weights were in memory only."""
+        c.execute(
+            "DELETE FROM adapters WHERE source = 'job' "
+            "AND NOT EXISTS (SELECT 1 FROM versions WHERE name = adapters.name) "
+            "AND EXISTS (SELECT 1 FROM jobs WHERE jobs.id = job_id AND status IN ('succeeded', 'failed', 'cancelled'))"
+        )
+
+    def stranger(self, name: str, owner: str) -> bool:
+        """Whether `name` is a job's adapter, or a checkpoint, of another owner."""
+        row = self.database.row("SELECT owner FROM adapters WHERE name = ? AND source <> 'loaded'", (name,))
+        return row is not None and row["owner"] != owner
+
+    def strangers(self, owner: str) -> set[str]:
+        """Every such name."""
+        rows = self.database.rows("SELECT name FROM adapters WHERE source <> 'loaded' AND owner <> ?", (owner,))
+        return {row["name"] for row in rows}
+
     def directories(self) -> set[str]:
         """What versions refer to."""
         return {row[0] for row in self.database.rows("SELECT DISTINCT directory FROM versions")}

@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import structlog
+
 from loquetier.server.store.database import Database
 from loquetier.server.store.datadir import DataDir, remove_durably
+
+log = structlog.get_logger("loquetier.server.store")
 
 FileStatus = Literal["uploaded", "processed", "error"]
 
@@ -33,6 +37,7 @@ class FileRow:
     purpose: str
     bytes: int
     sha256: str
+    """Hex; empty when the bytes are gone and only jobs remember the file."""
     created_at: int
     expires_at: int | None
     status: FileStatus
@@ -116,15 +121,24 @@ class FileTable:
         c.execute("UPDATE files SET is_deleted = 1 WHERE NOT is_deleted AND expires_at <= ?", (int(self.wall()),))
 
     def tidy(self) -> None:
-        """Remove bytes and rows of deleted files that no job needs. Rows that old jobs name stay, without bytes."""
-        gone = self.database.rows(f"SELECT id FROM files WHERE is_deleted AND bytes AND NOT {_HELD}")
+        """Remove bytes and rows of deleted files that no job needs. Rows that old jobs name stay, without bytes.
+
+        What it follows is committed already, so trouble here is only told: the next one makes up for it.
+        """
+        try:
+            self._tidy()
+        except (OSError, sqlite3.Error) as error:  # InsufficientStorageError is an OSError
+            log.warning("tidying_waits", problem=str(error))
+
+    def _tidy(self) -> None:
+        gone = self.database.rows(f"SELECT id FROM files WHERE is_deleted AND sha256 <> '' AND NOT {_HELD}")
         for row in gone:
             remove_durably(self.path(row["id"]))
         if not gone:
             return
         with self.database.transaction() as c:
             for row in gone:
-                c.execute("UPDATE files SET bytes = 0 WHERE id = ?", (row["id"],))
+                c.execute("UPDATE files SET bytes = 0, sha256 = '' WHERE id = ?", (row["id"],))
                 c.execute(
                     "DELETE FROM files WHERE id = ? AND NOT EXISTS "
                     "(SELECT 1 FROM jobs WHERE files.id IN (training_file, validation_file))",
@@ -133,7 +147,7 @@ class FileTable:
 
     def names(self) -> set[str]:
         """Ids whose bytes belong on the disk."""
-        return {row[0] for row in self.database.rows("SELECT id FROM files WHERE NOT (is_deleted AND bytes = 0)")}
+        return {row[0] for row in self.database.rows("SELECT id FROM files WHERE sha256 <> ''")}
 
 
 def _file(row: sqlite3.Row) -> FileRow:

@@ -49,11 +49,12 @@ class Store:
         """Adapters and checkpoints fit one base only.
 
         Raises:
-            ConfigError: this data directory belongs to another one.
+            ConfigError: this data directory has jobs or adapters of another one.
         """
         with self.write() as c:
-            c.execute("INSERT INTO meta VALUES ('base', ?) ON CONFLICT DO NOTHING", (base_name,))
-            c.execute("INSERT INTO meta VALUES ('fingerprint', ?) ON CONFLICT DO NOTHING", (fingerprint,))
+            is_used = c.execute("SELECT EXISTS (SELECT 1 FROM jobs) OR EXISTS (SELECT 1 FROM adapters)").fetchone()[0]
+            verb = "INSERT OR IGNORE" if is_used else "INSERT OR REPLACE"
+            c.execute(f"{verb} INTO meta VALUES ('base', ?), ('fingerprint', ?)", (base_name, fingerprint))
             known = dict(c.execute("SELECT key, value FROM meta").fetchall())
         if known["fingerprint"] != fingerprint:
             raise ConfigError(
@@ -66,6 +67,7 @@ class Store:
         with self.write() as c:
             self.files.expire(c)
             self.once.expire(c)
+            self.adapters.forget_lost(c)
         self.files.tidy()
         open_jobs = {job.id for job in self.jobs.open()}
         self.data_dir.sweep(self.files.names(), open_jobs, self.adapters.directories())

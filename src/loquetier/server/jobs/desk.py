@@ -1,0 +1,134 @@
+"""A new job: checked against files, limits and the base, and on the disk before it is acknowledged. Any thread."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import sqlite3
+import string
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+import structlog
+
+from loquetier.adapters.registry import check_name
+from loquetier.adapters.spec import resolve_modules
+from loquetier.errors import (
+    AdapterError,
+    ConfigError,
+)
+from loquetier.server.auth import Principal
+from loquetier.server.file_check import CHECKED_PURPOSE
+from loquetier.server.file_desk import no_such_file
+from loquetier.server.jobs.changes import NO_RETRY, JobChanges
+from loquetier.server.jobs.running import RunningJobs, tell
+from loquetier.server.jobs.settings import asked, resolve, resolved
+from loquetier.server.problems import ApiError, bad, model_not_found
+from loquetier.server.schemas.jobs import CreateJob
+from loquetier.server.settings import ServerSettings
+from loquetier.server.store.jobs import JobRow
+from loquetier.server.store.store import Store
+
+log = structlog.get_logger("loquetier.server.jobs")
+
+ROUTE: Final = "fine_tuning.jobs"
+_LETTERS: Final = string.ascii_letters + string.digits
+
+
+@dataclass(frozen=True, slots=True)
+class JobDesk:
+    """Makes jobs."""
+
+    store: Store
+    settings: ServerSettings
+    running: RunningJobs
+    changes: JobChanges
+
+    def create(self, who: Principal, body: CreateJob, raw: bytes, key: str | None) -> JobRow:
+        """A job, on the disk when this returns.
+
+        Raises:
+            ApiError: 400, 404, 429; nothing was made. InsufficientStorageError.
+        """
+        job = self._new(who, body)
+        digest = hashlib.sha256(raw).hexdigest()
+        self.store.fail_point("create.before_commit")
+        with self.store.write() as c:
+            self.store.know(c, who.owner, who.id)
+            known = key and self.store.once.find(c, who.owner, ROUTE, key, digest)
+            if not known:
+                self._check_count(c, who)
+                self.store.jobs.add(c, job)
+                self.store.adapters.create(c, job.model, who.owner, "job", job.model, job.id)
+                tell(self.store, c, job.id, f"Created fine-tuning job: {job.id}", once="created")
+                if key:
+                    self.store.once.note(c, who.owner, ROUTE, key, digest, job.id)
+        self.store.fail_point("create.after_commit")
+        if known:
+            return self.changes.find(who, known)
+        log.info("job_created", job=job.id, owner=who.owner)
+        self.running.launch(job.id, is_restart=False)
+        return job
+
+    def _new(self, who: Principal, body: CreateJob) -> JobRow:
+        base = self.running.runtime.base_name
+        if body.model != base:
+            if self.store.adapters.find(body.model) is not None:
+                raise bad(f"only the base {base!r} can be fine-tuned over HTTP", "model", "invalid_value")
+            raise model_not_found(body.model)
+        settings = asked(body)
+        try:
+            resolve_modules(resolved(resolve(settings, 100)).spec, self.running.runtime.port.targets)
+        except (AdapterError, ConfigError) as error:
+            raise bad(f"lora: {error}"[:1000], "lora", error.code) from error
+        for name, file_id in (("training_file", body.training_file), ("validation_file", body.validation_file)):
+            if file_id is not None:
+                self._check_file(who, name, file_id)
+        short = "".join(secrets.choice(_LETTERS) for _ in range(8))
+        model = f"ft:{base}:{who.owner}:{body.suffix or ''}:{short}"
+        try:
+            check_name(f"{model}:ckpt-step-{10**9}")
+        except ConfigError as error:
+            raise bad(f"the model would be called {model!r}; shorten the suffix: {error}", "suffix") from error
+        return JobRow(
+            id=f"ftjob-{short}{secrets.token_hex(8)}",
+            owner=who.owner,
+            key_id=who.id,
+            created_at=int(self.store.wall()),
+            base=base,
+            model=model,
+            training_file=body.training_file,
+            validation_file=body.validation_file,
+            seed=settings["seed"],
+            settings=settings,
+            metadata=body.metadata,
+        )
+
+    def _check_file(self, who: Principal, param: str, file_id: str) -> None:
+        file = self.store.files.find(file_id, who.owner)
+        if file is None:
+            raise no_such_file(file_id, param)
+        if file.purpose != CHECKED_PURPOSE:
+            raise bad(f"{file_id} has the purpose {file.purpose!r}; it must be {CHECKED_PURPOSE!r}", param)
+        if file.status == "error":
+            raise bad(f"{file_id} cannot be used: {file.status_details}"[:1000], param, "invalid_training_file")
+
+    def _check_count(self, c: sqlite3.Connection, who: Principal) -> None:
+        mine = who.jobs or self.settings.max_jobs_per_owner
+        for count, limit, whose in (
+            (self.store.jobs.num_open(c, who.owner), mine, "you have"),
+            (self.store.jobs.num_open(c), self.settings.max_jobs, "this server has"),
+        ):
+            if count >= limit:
+                raise ApiError(
+                    429,
+                    f"{whose} {count} jobs that have not ended; the limit is {limit}",
+                    code="rate_limit_exceeded",
+                    headers=NO_RETRY,
+                )
+
+
+def canonical(body: dict[str, Any]) -> bytes:
+    """A body's bytes, whatever the order of its keys."""
+    return msgspec.json.encode(body, order="sorted")
