@@ -213,6 +213,8 @@ class Storm:
         if not job.status.is_final:
             job.cancel()
         self.report.seconds = time.monotonic() - began
+        # A step that found no room is not published, so that numbers and steps part; alone, version n is step n.
+        self.loaded_from |= {f"{LIVE}@{number}": f"{LIVE}@{step}" for step, number in job.job.versions.items()}
         self.report.live_versions = max(self.runtime.versions(LIVE), default=0)
         return self._finished()
 
