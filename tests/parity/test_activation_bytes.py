@@ -49,7 +49,9 @@ class Kept:
 
 def kept_by_training_forward(family: str, inference_rows: int, **model: Any) -> Kept:
     """Storages kept by the forward of one step: `NUM_TRAIN` TRAIN rows and so many PREFILL and DECODE rows."""
-    engine = make_engine(family, model=model, max_rows=4096, max_prefill_rows=4096, kv_memory=64 * MIB)
+    # The same prompt many times: each is to be computed.
+    limits: dict[str, Any] = {"max_rows": 4096, "max_prefill_rows": 4096, "kv_memory": 64 * MIB}
+    engine = make_engine(family, model=model, prefix_cache=False, **limits)
     decode = inference_rows // 10
     for number in range(decode):
         ask(engine, "tiny", [20 + number], 9)
