@@ -27,6 +27,7 @@ app = typer.Typer(
 
 BaseOption = Annotated[str, typer.Option("--base", help="Preset, local Hugging Face directory, GGUF file or hub id.")]
 DTypeOption = Annotated[Literal["auto", "float32", "bfloat16"], typer.Option(help="Type of the served weights.")]
+DeviceOption = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")]
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -97,6 +98,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Same seed, same answer.")] = None,
     chat: Annotated[bool, typer.Option("--chat/--raw", help="Through the chat template, or the bare text.")] = True,
     dtype: DTypeOption = "auto",
+    device: DeviceOption = "auto",
 ) -> None:
     """Answer one prompt, streamed to stdout."""
     from loquetier.config import SamplingParams
@@ -105,7 +107,7 @@ def generate(
     if model is None and len(adapters) > 1:
         raise typer.BadParameter(f"say --model NAME: {', '.join(adapters)} are loaded", param_hint="--model")
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    with _runtime(base, dtype, adapters) as runtime:
+    with _runtime(base, dtype, device, adapters) as runtime:
         _stream(runtime, prompt, chat, model or next(iter(adapters), None), params)
 
 
@@ -122,11 +124,11 @@ def named_directories(options: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _runtime(base: str, dtype: DType, adapters: dict[str, str]) -> Runtime:
+def _runtime(base: str, dtype: DType, device: str, adapters: dict[str, str]) -> Runtime:
     from loquetier.config import EngineConfig
     from loquetier.runtime import Runtime
 
-    return Runtime(base, adapters=adapters, config=EngineConfig(dtype=dtype))
+    return Runtime(base, adapters=adapters, config=EngineConfig(dtype=dtype, device=device))
 
 
 def _stream(runtime: Runtime, prompt: str, chat: bool, model: str | None, params: SamplingParams) -> None:

@@ -82,6 +82,9 @@ def finetune(
         Literal["auto", "float32", "bfloat16"],
         typer.Option(help="Type of the served weights.", rich_help_panel=_ENGINE),
     ] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.", rich_help_panel=_ENGINE)
+    ] = "auto",
     adapter_memory: Annotated[
         int | None, typer.Option(help="Bytes for adapters, in training and served.", rich_help_panel=_ENGINE)
     ] = None,
@@ -105,7 +108,12 @@ def finetune(
     from loquetier.runtime import Runtime
 
     engine = EngineConfig(
-        dtype=dtype, keep_versions=keep_versions, adapter_memory=adapter_memory, train_memory=train_memory, tape=tape
+        device=device,
+        dtype=dtype,
+        keep_versions=keep_versions,
+        adapter_memory=adapter_memory,
+        train_memory=train_memory,
+        tape=tape,
     )
     with Runtime(base, config=engine) as runtime:
         start = None

@@ -43,6 +43,10 @@ def serve(
     serve_only: Annotated[
         bool, typer.Option("--serve-only", help="Never train here: the base's weights take half the memory on a CPU.")
     ] = False,
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")] = "auto",
+    async_scheduling: Annotated[
+        bool | None, typer.Option(help="Plan a step while the device computes the one before; by default on a GPU.")
+    ] = None,
     slo_ttft: Annotated[
         float | None, typer.Option(help="Seconds to the first token: while one waits longer, new requests get a 503.")
     ] = None,
@@ -92,6 +96,8 @@ def serve(
         dtype=dtype,
         adapter_dtype=adapter_dtype,
         serve_only=serve_only,
+        device=device,
+        async_scheduling=async_scheduling,
         kv_memory=kv_memory,
         adapter_memory=adapter_memory,
         prefix_cache=prefix_cache,

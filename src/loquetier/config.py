@@ -329,6 +329,12 @@ class EngineConfig:
     """Most rows of one backward unit of the replay tape."""
     max_context: int | None = None
     """Cap on the model's own context length."""
+    async_scheduling: bool | None = None
+    """Plan and build a step while the device computes the one before. None = on a GPU, not on a CPU, where it only
+    delays tokens by a step. Requests with a grammar get a row every other step then: their next token can be chosen
+    only when the host knows the last one."""
+    cuda_graphs: bool | None = None
+    """Capture steps of decode rows once per size and replay them. None = on a GPU."""
     keep_versions: int = 0
     """Versions of each adapter before the live one that stay in memory, to roll back to or to be asked for as
     ``name@number``. They are given up, oldest first, when adapter_memory is needed for something else."""
@@ -374,6 +380,9 @@ class EngineConfig:
             self.keep_versions,
             "must be an integer >= 0",
         )
+        for name in ("async_scheduling", "cuda_graphs"):
+            value = getattr(self, name)
+            _check(value is None or isinstance(value, bool), name, value, "must be True, False, or None: on a GPU")
         for name in ("kv_memory", "adapter_memory", "train_memory"):
             value = getattr(self, name)
             _check(
@@ -430,6 +439,8 @@ def resolve(config: EngineConfig, hardware: Hardware) -> EngineConfig:
     if device.startswith("cuda") and not hardware.has_cuda:
         raise ConfigError(f"device={config.device!r}: no CUDA device is visible; use device='cpu' or 'auto'")
     on_gpu = device.startswith("cuda")
+    if config.cuda_graphs and not on_gpu:
+        raise ConfigError(f"cuda_graphs=True on device={device!r}: graphs need a CUDA device; leave it None or False")
     dtype = config.dtype
     if dtype == "auto":
         dtype = "bfloat16" if on_gpu or hardware.cpu_bf16_fast else "float32"
@@ -457,4 +468,6 @@ def resolve(config: EngineConfig, hardware: Hardware) -> EngineConfig:
         adapter_memory=adapter_memory,
         train_memory=train_memory,
         host_adapter_memory=host_memory,
+        cuda_graphs=on_gpu if config.cuda_graphs is None else config.cuda_graphs,
+        async_scheduling=on_gpu if config.async_scheduling is None else config.async_scheduling,
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.tiny import save_tiny
 
 import loquetier.finetuning as finetuning
@@ -64,6 +65,12 @@ def failure_at_end(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 def test_the_command_line_loads_no_torch() -> None:
     code = "import sys, loquetier.cli; assert not {'torch', 'transformers', 'rich.live'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_device_that_is_not_there_is_one_line(base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "auto, cpu, cuda or cuda:N" in failure(capsys, "generate", "hi", "--base", base, "--device", "tpu")
+    if not torch.cuda.is_available():
+        assert "no CUDA device is visible" in failure(capsys, "generate", "hi", "--base", base, "--device", "cuda:1")
 
 
 def test_the_package_runs_as_a_module() -> None:

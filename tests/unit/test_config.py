@@ -136,7 +136,7 @@ def test_resolve_caps_the_cpu_and_keeps_what_was_asked_for() -> None:
     assert (resolve(EngineConfig(), big).kv_memory, resolve(EngineConfig(), big).adapter_memory) == (4 << 30, 2 << 30)
     asked = EngineConfig(
         device="cpu", dtype="float32", adapter_dtype="float32", kv_memory=5 * MIB, adapter_memory=6 * MIB,
-        train_memory=7 * MIB, host_adapter_memory=0,
+        train_memory=7 * MIB, host_adapter_memory=0, async_scheduling=False, cuda_graphs=False,
     )  # fmt: skip
     assert resolve(EngineConfig(), big).train_memory == 1 << 38
     assert resolve(asked, GPU) == asked

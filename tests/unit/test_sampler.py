@@ -51,7 +51,7 @@ def state(
 ) -> SamplerState:
     built = new_state(params, 0, prompt, EOS, vocab)
     for token in output:
-        built.observe(token)
+        built.count(torch.tensor([token]))
     return built
 
 

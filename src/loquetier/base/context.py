@@ -32,6 +32,15 @@ class MethodRows(NamedTuple):
     """Pointers of these very segments: a copy of the step with other segments has its own."""
 
 
+class FixedLora(NamedTuple):
+    """Adapters of a step that is captured once and replayed for others."""
+
+    plan: SmlmPlan | None
+    """Reads its segments from the device; None where Python code runs at each replay."""
+    modules: frozenset[int]
+    """Modules that the adapters may sit on."""
+
+
 class PrefillSpan(NamedTuple):
     """Rows ``[start, stop)`` are tokens ``[past, past + stop - start)`` of one sequence."""
 
@@ -117,6 +126,8 @@ class StepContext:
     factors: WeightTable = field(default_factory=dict)
     smlm_plans: SmlmPlans | None = None
     """Pointers of `factors`, kept from step to step by their owner; None = looked up at each call."""
+    fixed_lora: FixedLora | None = None
+    """Set while a step is captured: which modules run SMLM, and by which plan, does not depend on the segments."""
     grads: WeightTable = field(default_factory=dict)
     """Float32 gradient buffers of the train segments' slots."""
     methods: Mapping[int, Method] = field(default_factory=dict)
@@ -146,6 +157,8 @@ class StepContext:
     @cached_property
     def method_rows(self) -> tuple[MethodRows, ...]:
         """The segments by method."""
+        if self.fixed_lora is not None and self.fixed_lora.plan is not None:
+            return (MethodRows(LORA_METHOD, self.segments, self.fixed_lora.plan),)
         found: dict[Method, list[Segment]] = {}
         for s in self.segments:
             found.setdefault(self.methods.get(s.slot, LORA_METHOD), []).append(s)

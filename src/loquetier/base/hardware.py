@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from loquetier.config import Hardware
+from loquetier.errors import ConfigError
 
 _CPUINFO = Path("/proc/cpuinfo")
 _MEMINFO = Path("/proc/meminfo")
@@ -16,8 +17,15 @@ _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 
 
 def detect_hardware(device: str = "auto") -> Hardware:
-    """Look at the machine. `device` says whose memory counts: "cpu", "cuda", "cuda:1", ... or "auto" (a GPU if any)."""
+    """Look at the machine. `device` says whose memory counts: "cpu", "cuda", "cuda:1", ... or "auto" (a GPU if any).
+
+    Raises:
+        ConfigError: a GPU by a number that there is not.
+    """
     has_cuda = torch.cuda.is_available()
+    number = device.removeprefix("cuda:")
+    if has_cuda and number.isdigit() and int(number) >= torch.cuda.device_count():
+        raise ConfigError(f"device={device!r}: {torch.cuda.device_count()} CUDA devices are visible, from cuda:0")
     if has_cuda and device != "cpu":
         free, _total = torch.cuda.mem_get_info(None if device == "auto" else torch.device(device))
     else:

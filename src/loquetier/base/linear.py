@@ -7,6 +7,7 @@ backward passes, so the number of adapters in a step changes no graph, and a job
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ class LinearGroup:
 
     def __init__(self, linears: Sequence[nn.Linear], modules: Sequence[int], binding: Binding) -> None:
         self.binding = binding
-        stops = torch.tensor([m.out_features for m in linears]).cumsum(0).tolist()
+        stops = list(accumulate(m.out_features for m in linears))
         starts = [0, *stops[:-1]]
         self.members = tuple(Member(i, a, b) for i, a, b in zip(modules, starts, stops, strict=True))
         self.adapted = tuple(m for m in self.members if m.module >= 0)
@@ -99,6 +100,8 @@ class LinearGroup:
         return out
 
     def _has_adapter_rows(self, step: StepContext) -> bool:
+        if step.fixed_lora is not None:
+            return any(m.module in step.fixed_lora.modules for m in self.adapted)
         return any(m.module in step.factors[s.slot] for s in step.segments for m in self.adapted)
 
     def adapt(self, x_MK: Tensor, y_MN: Tensor, step: StepContext, num_kept: int) -> Kept:

@@ -20,6 +20,7 @@ from loquetier.engine.rows import Sequence as TokenSequence
 from loquetier.kernels.dropout import DropoutRows
 from loquetier.kernels.reference import Segment
 from loquetier.kernels.smlm import SmlmPlans
+from loquetier.kernels.transfer import to_device
 from loquetier.training.data import Example
 from loquetier.training.loss import LabelledRows
 
@@ -59,8 +60,19 @@ class Batch:
     sampled: tuple[TokenSequence, ...]
     """Sequences that get a token from this step, in row order."""
     sample_rows: Int64s
+    sample_rows_N: Tensor
+    """The same on the device."""
     prompt_chunks: tuple[tuple[PrefillChunk, int], ...]
     """Chunks whose every row's logits are wanted, with their first row."""
+
+
+@dataclass(frozen=True, slots=True)
+class PendingTokens:
+    """Tokens of the step before, sampled but not known to the host: where each sequence's lies in `ids_N`."""
+
+    ids_N: Tensor
+    index: Mapping[int, int]
+    """By sequence id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +124,8 @@ class _Layout:
     chunk_rows: list[int]
     """First row of each prefill chunk."""
     decode_start: int
+    sampled: tuple[TokenSequence, ...]
+    sample_rows: Int64s
 
 
 def build_batch(
@@ -124,6 +138,7 @@ def build_batch(
     dropout: DropoutPlan | None = None,
     methods: Mapping[int, Method] | None = None,
     smlm_plans: SmlmPlans | None = None,
+    pending: PendingTokens | None = None,
 ) -> Batch:
     """Lay a plan's rows out as ``[TRAIN | EVAL | PREFILL | DECODE]``.
 
@@ -134,9 +149,10 @@ def build_batch(
         dropout: of the TRAIN rows; None when none of their jobs drops.
         methods: by slot; None or a slot that is not there is LoRA's.
         smlm_plans: kept by the owner of `factors` from step to step; None = nothing is kept.
+        pending: where to find the last tokens that only the device knows; None when there are none.
     """
     layout = _lay_out(plan, example_of)
-    ids_M, positions_M, on_device = _send(plan, layout, cache, dropout)
+    sent = _send(plan, layout, cache, dropout, pending)
     step = StepContext(
         num_rows=layout.draft.num_rows,
         num_train=layout.num_train,
@@ -149,21 +165,21 @@ def build_batch(
         cache=cache,
         cache_start=layout.cache_start,
         cuts=cuts,
-        **on_device,
+        **sent.step_fields,
     )
-    chunks = list(zip(plan.prefill, layout.chunk_rows, strict=True))
-    done = [(c.seq, row + c.length - 1) for c, row in chunks if _is_last(c)]
-    done += [(seq, layout.decode_start + i) for i, seq in enumerate(plan.decode)]
     return Batch(
-        ids_M=ids_M,
-        positions_M=positions_M,
+        ids_M=sent.ids_M,
+        positions_M=sent.positions_M,
         step=step,
         train_labels=layout.train_labels,
         eval_labels=_shifted(layout.eval_labels, -layout.num_train),
         num_eval=layout.cache_start - layout.num_train,
-        sampled=tuple(seq for seq, _ in done),
-        sample_rows=np.asarray([row for _, row in done], dtype=np.int64),
-        prompt_chunks=tuple((c, row) for c, row in chunks if c.seq.needs_prompt_logits),
+        sampled=layout.sampled,
+        sample_rows=layout.sample_rows,
+        sample_rows_N=sent.sample_rows_N,
+        prompt_chunks=tuple(
+            (c, row) for c, row in zip(plan.prefill, layout.chunk_rows, strict=True) if c.seq.needs_prompt_logits
+        ),
     )
 
 
@@ -182,15 +198,31 @@ def _lay_out(plan: StepPlan, example_of: ExampleOf) -> _Layout:
     for slot, group in groupby(plan.decode, key=lambda seq: seq.slot):
         seqs = list(group)
         at = np.fromiter((s.num_computed for s in seqs), dtype=np.int64, count=len(seqs))
+        # The last known token stands in for one that only the device knows.
         draft.add([s.tokens[-1] for s in seqs], at, slot)
     spans = (*train_spans, *eval_spans)
-    return _Layout(draft, spans, train_labels, eval_labels, num_train, cache_start, chunk_rows, decode_start)
+    done = [(c.seq, row + c.length - 1) for c, row in zip(plan.prefill, chunk_rows, strict=True) if _is_last(c)]
+    done += [(seq, decode_start + i) for i, seq in enumerate(plan.decode)]
+    return _Layout(
+        draft, spans, train_labels, eval_labels, num_train, cache_start, chunk_rows, decode_start,
+        sampled=tuple(seq for seq, _ in done), sample_rows=np.asarray([row for _, row in done], dtype=np.int64),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """What of a step lives on the device."""
+
+    ids_M: Tensor
+    positions_M: Tensor
+    sample_rows_N: Tensor
+    step_fields: dict[str, Any]
 
 
 def _send(
-    plan: StepPlan, layout: _Layout, cache: KVCache, dropout: DropoutPlan | None
-) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Ids, positions, and the fields of the step that live on the device, all sent in one copy."""
+    plan: StepPlan, layout: _Layout, cache: KVCache, dropout: DropoutPlan | None, pending: PendingTokens | None
+) -> _Sent:
+    """Ids, positions, rows to sample, and the fields of the step that live on the device, all sent in one copy."""
     packed = _Packer(cache.keys[0].device)
     ids, positions = packed.add(_joined(layout.draft.ids)), packed.add(_joined(layout.draft.positions))
     rows = _cache_rows(plan, cache.page_size)
@@ -198,7 +230,11 @@ def _send(
     tables = [packed.add(np.asarray(c.seq.pages, dtype=np.int64)) for c in plan.prefill]
     decode_pages = packed.add(_page_tables(plan.decode))
     dropout_keys = packed.add(dropout.keys if dropout else _joined([]))
+    sample_rows, unknown = packed.add(layout.sample_rows), packed.add(_pending_rows(plan, layout, pending))
     packed.send()
+    if pending is not None:
+        rows_n, index_n = unknown()
+        ids().index_copy_(0, rows_n, pending.ids_N.index_select(0, index_n))
     decode = None
     if plan.decode:
         start = layout.decode_start
@@ -207,14 +243,22 @@ def _send(
         PrefillSpan(row, row + c.length, c.start, table())
         for row, c, table in zip(layout.chunk_rows, plan.prefill, tables, strict=True)
     )
-    on_device = {
+    step_fields = {
         "prefill": prefill,
         "decode": decode,
         "cache_rows": cache_rows(),
         "fresh_pages": fresh_pages(),
         "dropout": DropoutRows(dropout.rates, dropout_keys()) if dropout else None,
     }
-    return ids(), positions(), on_device
+    return _Sent(ids(), positions(), sample_rows(), step_fields)
+
+
+def _pending_rows(plan: StepPlan, layout: _Layout, pending: PendingTokens | None) -> Int64s:
+    """``[2, n]``: rows whose token only the device knows, and its place among the pending ones."""
+    if pending is None:
+        return np.zeros((2, 0), dtype=np.int64)
+    found = [(layout.decode_start + i, pending.index[s.seq_id]) for i, s in enumerate(plan.decode) if s.num_pending]
+    return np.array(found, dtype=np.int64).reshape(-1, 2).T
 
 
 def head_step(step: StepContext, rows: Int64s, head_module: int | None, *, with_grad: bool) -> StepContext:
@@ -318,4 +362,4 @@ class _Packer:
         return view
 
     def send(self) -> None:
-        self._sent = torch.from_numpy(_joined(self._arrays)).to(self._device)
+        self._sent = to_device(_joined(self._arrays), self._device)

@@ -9,10 +9,13 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from loquetier.adapters.arena import Arena
 from loquetier.adapters.packed import Packer
@@ -21,16 +24,17 @@ from loquetier.base.model import Base
 from loquetier.config import EngineConfig, SamplingParams
 from loquetier.engine.admission import Admission, memory_model
 from loquetier.engine.background import Inline
-from loquetier.engine.batch import build_batch
+from loquetier.engine.batch import Batch, PendingTokens, build_batch
 from loquetier.engine.blocks import BlockAllocator
-from loquetier.engine.cost import plan_features
+from loquetier.engine.cost import StepFeatures, plan_features
+from loquetier.engine.decode_graphs import CudaCapture, DecodeGraphs
 from loquetier.engine.jobs import Jobs
 from loquetier.engine.policy import TrainLimits
 from loquetier.engine.prefix import CacheSpace
 from loquetier.engine.request import Request, TokenEvent
 from loquetier.engine.residency import Residency
 from loquetier.engine.rows import StepPlan
-from loquetier.engine.sampler import TokenConstraint
+from loquetier.engine.sampler import DeviceTokens, TokenConstraint
 from loquetier.engine.scheduler import Scheduler
 from loquetier.engine.serving import Serving
 from loquetier.engine.shelf import AdapterShelf
@@ -46,9 +50,11 @@ from loquetier.errors import (
 from loquetier.failpoints import fail_points
 from loquetier.kernels.select import process_kernels
 from loquetier.kernels.smlm import SmlmPlans
+from loquetier.kernels.transfer import mark
 from loquetier.training.replay_probe import replay_refusal
 
 log = logging.getLogger("loquetier.engine")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +88,26 @@ class Totals:
         for name in ("train_rows", "eval_rows", "prefill_rows", "decode_rows", "backward_units"):
             setattr(self, name, getattr(self, name) + getattr(report, name))
         self.mixed_steps += bool(report.train_rows and (report.prefill_rows or report.decode_rows))
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A step whose work is queued on the device; the host may not know its outcome yet."""
+
+    plan: StepPlan
+    batch: Batch | None
+    tokens: DeviceTokens | None
+    features: StepFeatures
+    started: float
+    end: torch.cuda.Event | None
+    """Behind the step's last work; None on a CPU, where it has run."""
+
+    @property
+    def pending(self) -> PendingTokens | None:
+        """Its tokens, for the step that is planned before they are known."""
+        if self.batch is None or self.tokens is None:
+            return None
+        return PendingTokens(self.tokens.ids_N, {seq.seq_id: i for i, seq in enumerate(self.batch.sampled)})
 
 
 class Engine:
@@ -136,32 +162,59 @@ class Engine:
         self.totals = Totals()
         self.step_seconds, self.step_tokens = Tally(SECONDS), Tally(TOKENS)
         """Of steps that did something; tokens are those of requests."""
+        self.decode_graphs = self._new_graphs() if config.cuda_graphs else None
+        self._in_flight: _Launched | None = None
+        """With async scheduling: the step that the device computes while the next one is planned."""
+        self._completed_at = 0.0
+        """When the last step was complete."""
+
+    @property
+    def on_device(self) -> AbstractContextManager[object]:
+        """Makes the engine's GPU the current one of the thread that runs it: kernels are launched on that one."""
+        device = self.base.device
+        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
     # --- the step ---
 
     @property
     def has_work(self) -> bool:
         """A step would do something."""
-        return self.scheduler.has_work or self.trainer.has_work or self.admission.may_admit or self.residency.has_news
+        waits = self.scheduler.has_work or self.trainer.has_work or self.admission.may_admit or self.residency.has_news
+        return waits or self._in_flight is not None
 
     def step(self) -> StepReport:
-        """One pass of the loop: schedule, forward, sample and loss, backward, optimize, commit."""
+        """One pass of the loop: schedule, forward, sample and loss, backward, optimize, commit, deliver.
+
+        With async scheduling what is delivered is the step before, while the device computes this one.
+        """
         started = time.perf_counter()
         plan = self._schedule()
-        try:
-            report = self._execute(plan, started)
-        except IntegrityError:
-            raise  # our own books are wrong: nothing can be trusted to go on
-        except Exception as error:
-            log.exception("a step failed; what took part in it ends")
-            self._fail(plan, error)
-            self.check_integrity()
-            report = StepReport(0, 0, 0, 0, 0, time.perf_counter() - started)
+        before, self._in_flight = self._in_flight, None
+        launched = self._attempt(lambda: self._launch(plan, before, started))
+        if before is not None:
+            self._complete(before)
+        if isinstance(launched, Exception):  # its sequences have their tokens of the step before
+            self._fail(plan, launched)
+        elif self.config.async_scheduling and not plan.is_empty:
+            self._in_flight = launched
+        elif not self._complete(launched):
+            launched = EngineError("its tokens could not be delivered")
+        report = _report(None if isinstance(launched, Exception) else launched, time.perf_counter() - started)
         self.totals.add(report)
         self.step_seconds.add(report.seconds)
         if report.prefill_rows or report.decode_rows:
             self.step_tokens.add(report.prefill_rows + report.decode_rows)
         return report
+
+    @staticmethod
+    def _attempt(call: Callable[[], T]) -> T | Exception:
+        try:
+            return call()
+        except IntegrityError:
+            raise  # our own books are wrong: nothing can be trusted to go on
+        except Exception as error:
+            log.exception("a step failed; what took part in it ends")
+            return error
 
     def _schedule(self) -> StepPlan:
         trainer = self.trainer
@@ -176,34 +229,65 @@ class Engine:
         )
         return self.scheduler.schedule(trainer.train_items(), trainer.eval_items(), trainer.open_units, limits)
 
-    def _execute(self, plan: StepPlan, started: float) -> StepReport:
+    def _launch(self, plan: StepPlan, before: _Launched | None, started: float) -> _Launched:
+        """Queue a planned step's work on the device. `before` is the step whose tokens the host does not know yet."""
         trainer, serving = self.trainer, self.serving
-        sampled = batch = None
+        tokens = batch = None
         serving.begun(plan)
         if plan.num_rows:
-            cuts, dropout = trainer.open_tape(plan, self.config.train_window), trainer.dropout(plan)
-            batch = build_batch(
-                plan,
-                trainer.example_of,
-                self.arena.factors,
-                trainer.grads(),
-                self.cache,
-                cuts,
-                dropout,
-                self.arena.methods,
-                self._smlm_plans,
-            )
-            hidden_MD = self.base.hidden(batch.ids_M, batch.positions_M, batch.step)
-            sampled = serving.sample(batch, hidden_MD)
+            batch = self._build(plan, before)
+            hidden_MD = self._hidden(batch)
+            tokens = serving.sample(batch, hidden_MD)
             trainer.losses(batch, hidden_MD)
         backward_rows = trainer.backward(plan.backward_units)
         self.jobs.after_backward()
-        seconds = time.perf_counter() - started
-        self.scheduler.cost.observe(plan_features(plan, backward_rows), seconds)
+        features = plan_features(plan, backward_rows)
         self.scheduler.commit(plan)
         if batch is not None:
-            serving.deliver(batch, sampled)
-        return _report(plan, backward_rows, seconds)
+            serving.mark_pending(batch)
+        return _Launched(plan, batch, tokens, features, started, mark(self.base.device))
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        replayed_MD = self.decode_graphs(batch) if self.decode_graphs is not None else None
+        if replayed_MD is not None:
+            return replayed_MD
+        return self.base.hidden(batch.ids_M, batch.positions_M, batch.step)
+
+    def _new_graphs(self) -> DecodeGraphs:
+        lora = process_kernels(self.base.device.type).in_triton("smlm_forward")
+        return DecodeGraphs(self.base, self.cache, self._smlm_plans, CudaCapture(), lora_is_fixed=lora)
+
+    def _build(self, plan: StepPlan, before: _Launched | None) -> Batch:
+        trainer = self.trainer
+        return build_batch(
+            plan,
+            trainer.example_of,
+            self.arena.factors,
+            trainer.grads(),
+            self.cache,
+            trainer.open_tape(plan, self.config.train_window),
+            trainer.dropout(plan),
+            self.arena.methods,
+            self._smlm_plans,
+            before.pending if before is not None else None,
+        )
+
+    def _complete(self, launched: _Launched) -> bool:
+        """Wait for a step, hand its tokens out and learn how long it took; False when that failed."""
+        error = self._attempt(lambda: self._deliver(launched))
+        if isinstance(error, Exception):
+            self._fail(launched.plan, error)
+        return error is None
+
+    def _deliver(self, launched: _Launched) -> None:
+        if launched.batch is not None:
+            self.serving.deliver(launched.batch, launched.tokens)
+        if launched.end is not None:
+            launched.end.synchronize()
+        now = time.perf_counter()
+        # The device began it when it had finished the step before.
+        self.scheduler.cost.observe(launched.features, now - max(launched.started, self._completed_at))
+        self._completed_at = now
 
     def _fail(self, plan: StepPlan, cause: Exception) -> None:
         """A step broke: end what took part in it, keep everything else. Its KV rows are freed with it."""
@@ -213,6 +297,7 @@ class Engine:
             if choice is not None:
                 self.serving.end(choice, error)
         self.jobs.fail((*plan.train, *plan.evaluate), error)
+        self.check_integrity()
 
     # --- requests ---
 
@@ -237,6 +322,7 @@ class Engine:
 
     def close(self, error: LoquetierError) -> None:
         """End every request, evaluation and job with `error`."""
+        self._in_flight = None
         for request_id in list(self.serving.requests):
             self.serving.abort(request_id, error)
         self.jobs.close(error)
@@ -284,12 +370,16 @@ def _most_useful_pages(config: EngineConfig, max_context: int) -> int:
     return config.max_sequences * -(-max_context // config.page_size)
 
 
-def _report(plan: StepPlan, backward_rows: int, seconds: float) -> StepReport:
+def _report(launched: _Launched | None, seconds: float) -> StepReport:
+    """What a step did, or nothing if it failed."""
+    if launched is None:
+        return StepReport(0, 0, 0, 0, 0, seconds)
+    plan = launched.plan
     return StepReport(
         train_rows=sum(i.num_rows for i in plan.train),
         eval_rows=sum(i.num_rows for i in plan.evaluate),
         prefill_rows=sum(c.length for c in plan.prefill),
         decode_rows=len(plan.decode),
-        backward_units=plan.backward_units if backward_rows else 0,
+        backward_units=plan.backward_units if launched.features.backward_rows else 0,
         seconds=seconds,
     )

@@ -63,9 +63,8 @@ class EngineLoop:
 
     def _run(self) -> None:
         try:
-            while self._answer_calls(wait=not self._engine.has_work):
-                if self._engine.has_work:
-                    self._engine.step()
+            with self._engine.on_device:
+                self._work()
         except BaseException as error:  # a bug of ours: say so to everybody who waits, instead of hanging them
             log.exception("the engine loop died")
             self._fatal = error
@@ -75,6 +74,11 @@ class EngineLoop:
             self._refuse_rest()
             reason = "the runtime was closed" if self._fatal is None else f"the engine loop died: {self._fatal}"
             self._engine.close(EngineStoppedError(reason))
+
+    def _work(self) -> None:
+        while self._answer_calls(wait=not self._engine.has_work):
+            if self._engine.has_work:
+                self._engine.step()
 
     def _answer_calls(self, *, wait: bool) -> bool:
         """Run what is queued; with `wait`, wait for the first call. False when it is time to stop."""

@@ -66,6 +66,10 @@ class Sequence:
     """KV pages owned, in sequence order."""
     status: SequenceStatus = SequenceStatus.WAITING
     num_preemptions: int = 0
+    num_pending: int = 0
+    """Tokens sampled by steps whose outcome the host does not know yet: 0 or 1 when a step is planned."""
+    needs_host: bool = False
+    """No row while a token is pending: its next one depends on it in a way that only the host knows (a grammar)."""
     needs_prompt_logits: bool = False
     """True when every prompt row's logits are wanted (prompt logprobs)."""
     cache_root: bytes | None = None
@@ -79,13 +83,25 @@ class Sequence:
 
     @property
     def num_left(self) -> int:
-        """Tokens whose K and V are still to be computed."""
-        return len(self.tokens) - self.num_computed
+        """Tokens whose K and V are still to be computed, pending ones included."""
+        return len(self.tokens) + self.num_pending - self.num_computed
 
     @property
     def num_generated(self) -> int:
-        """Tokens sampled so far."""
+        """Tokens sampled so far that the host knows."""
         return len(self.tokens) - self.prompt_len
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens sampled so far, pending ones included."""
+        return self.num_generated + self.num_pending
+
+    @property
+    def may_go_on(self) -> bool:
+        """False while a pending token decides what comes next: it is the last one, or the host must see it."""
+        if self.num_pending == 0:
+            return True
+        return not self.needs_host and len(self.tokens) + self.num_pending < self.max_total_len
 
 
 @dataclass(frozen=True, slots=True)

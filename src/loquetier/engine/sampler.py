@@ -34,6 +34,7 @@ from loquetier.errors import ConfigError, EngineError
 from loquetier.kernels.native_sample import DrawArguments, NativeSample
 from loquetier.kernels.select import process_kernels
 from loquetier.kernels.softmax import probabilities
+from loquetier.kernels.transfer import HostCopy, to_device
 
 MIN_LOGPROB = -9999.0
 """Reported in place of -inf, which JSON cannot carry (vLLM uses the same number)."""
@@ -87,12 +88,20 @@ class SamplerState:
         return self.params.temperature < GREEDY_BELOW
 
     def observe(self, token_id: int) -> None:
-        """Count one generated token. Call it once per token that is kept, in any order with other sequences."""
+        """A token has come, in any order with other sequences. Call it once per token that is kept."""
         if self.constraint is not None:
             self.constraint.observe(token_id)
+
+    def count(self, token_1: Tensor) -> None:
+        """Count a generated token (int64 ``[1]``) where it lies, so that the next step can run before the host knows
+        it. Call it once per token that is sampled."""
         if self.output_counts_V is not None:
-            assert 0 <= token_id < self.output_counts_V.numel(), token_id
-            self.output_counts_V[token_id] += 1
+            self.output_counts_V.index_add_(0, token_1, torch.ones_like(token_1, dtype=torch.int32))
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether the next token can be chosen only when the host knows the last one."""
+        return self.constraint is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,28 +140,51 @@ def new_state(
         _check_ids("prompt", prompt_tokens, vocab_size)
         state.output_counts_V = torch.zeros(vocab_size, dtype=torch.int32, device=device)
         state.prompt_seen_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-        state.prompt_seen_V[torch.tensor(list(prompt_tokens), dtype=torch.int64, device=device)] = True
+        state.prompt_seen_V.index_fill_(0, _ids(prompt_tokens, device), True)
     if params.logit_bias:
-        state.bias_ids_B = torch.tensor(list(params.logit_bias.keys()), dtype=torch.int64, device=device)
-        state.bias_B = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
+        state.bias_ids_B = _ids(params.logit_bias.keys(), device)
+        bias = np.fromiter(params.logit_bias.values(), dtype=np.float32)
+        state.bias_B = to_device(bias, torch.device(device))
     if params.min_tokens:
         # A model's own end ids may lie in a padded part of the vocabulary that has no logits: nothing to mask there.
         endings = {t for t in state.eos_token_ids if 0 <= t < vocab_size} | set(params.stop_token_ids)
-        state.ending_ids_E = torch.tensor(sorted(endings), dtype=torch.int64, device=device)
+        state.ending_ids_E = _ids(sorted(endings), device)
     return state
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceTokens:
+    """Sampled tokens where they were sampled, and their report on its way to the host."""
+
+    ids_N: Tensor
+    """int64, all in the vocabulary, a failed row's too."""
+    _report: HostCopy
+    _wanted: tuple[int | None, ...]
+    _width: int
+
+    def read(self) -> SampledTokens:
+        """On the host; waits for the device."""
+        report = self._report.numpy()
+        if report.ndim == 1:
+            ids, n = report.tolist(), len(report)
+            return SampledTokens(ids, [None] * n, [None] * n, [token < 0 for token in ids])
+        return _on_host(report.tolist(), self._wanted, self._width)
+
+
 def sample(logits_NV: Tensor, states: Sequence[SamplerState], num_generated: Sequence[int]) -> SampledTokens:
-    """Choose one token per row.
+    """`sample_on_device`, read at once."""
+    return sample_on_device(logits_NV, states, num_generated).read() if states else SampledTokens([], [], [], [])
+
+
+def sample_on_device(logits_NV: Tensor, states: Sequence[SamplerState], num_generated: Sequence[int]) -> DeviceTokens:
+    """Choose one token per row, of one row or more.
 
     Args:
         logits_NV: raw model logits, any float dtype; not changed. Computed in float32.
         states: the row's options and memory.
         num_generated: tokens the row's sequence has generated so far; the counter of its random stream.
     """
-    assert logits_NV.shape[0] == len(states) == len(num_generated)
-    if not states:
-        return SampledTokens([], [], [], [])
+    assert logits_NV.shape[0] == len(states) == len(num_generated) > 0
     edited_NV = _edit(logits_NV, states, num_generated)
     native = _native()
     if native is not None and native.takes(edited_NV) and native.takes(logits_NV):
@@ -166,7 +198,7 @@ def sample(logits_NV: Tensor, states: Sequence[SamplerState], num_generated: Seq
         u_M = uniforms([states[i].seed for i in rows], [num_generated[i] for i in rows])
         drawn_M = _draw_rows(edited_NV, best_N, ok_N, rows, [states[i].params for i in rows], u_M)
         ids_N = ids_N.index_copy(0, _index(rows, ids_N), drawn_M)
-    return _to_host(logits_NV, ids_N, ok_N, [s.params.logprobs for s in states])
+    return _reported(logits_NV, ids_N, ok_N, tuple(s.params.logprobs for s in states))
 
 
 def prompt_logprobs(logits_LV: Tensor, next_tokens: Sequence[int], k: int) -> list[dict[int, float]]:
@@ -184,7 +216,7 @@ def prompt_logprobs(logits_LV: Tensor, next_tokens: Sequence[int], k: int) -> li
     bad = torch.isfinite(logits_LV.amax(dim=-1)).logical_not().nonzero().flatten().tolist()
     if bad:
         raise EngineError(f"no prompt logprobs: the logits of {len(bad)} positions, first {bad[0]}, are not finite")
-    chosen_L = torch.tensor(list(next_tokens), dtype=torch.int64, device=logits_LV.device)
+    chosen_L = _ids(next_tokens, logits_LV.device)
     table = _logprob_table(logits_LV, range(len(next_tokens)), chosen_L, k).tolist()
     return [{token: row[0]} | _top_dict(row, k, k) for token, row in zip(next_tokens, table, strict=True)]
 
@@ -201,8 +233,8 @@ def _sample_native(
     edited_NV: Tensor,
     states: Sequence[SamplerState],
     num_generated: Sequence[int],
-) -> SampledTokens:
-    """`sample` on the C kernels. Around them numpy: a torch call on 16 numbers takes longer than they do."""
+) -> DeviceTokens:
+    """`sample_on_device` on the C kernels. Around them numpy: a torch call on 16 numbers takes longer than they do."""
     best_N, ids_N = native.argmax(edited_NV)
     ok_N = np.isfinite(best_N.numpy())
     if edited_NV is not logits_NV:
@@ -212,12 +244,10 @@ def _sample_native(
         u_M = uniforms([states[i].seed for i in rows], [num_generated[i] for i in rows])
         draws = [_draw_of(i, states[i].params, u) for i, u in zip(rows, u_M.tolist(), strict=True)]
         ids_N.numpy()[rows] = native.draw(edited_NV, best_N, draws).numpy()
-    wanted = [s.params.logprobs for s in states]
+    wanted = tuple(s.params.logprobs for s in states)
     if any(k is not None for k in wanted):
-        return _to_host(logits_NV, ids_N, torch.from_numpy(ok_N), wanted)
-    nothing = [None] * len(states)
-    ids = np.where(ok_N, ids_N.numpy(), -1).tolist()
-    return SampledTokens(ids, list(nothing), list(nothing), np.logical_not(ok_N).tolist())
+        return _reported(logits_NV, ids_N, torch.from_numpy(ok_N), wanted)
+    return DeviceTokens(ids_N, HostCopy(torch.from_numpy(np.where(ok_N, ids_N.numpy(), -1))), wanted, 0)
 
 
 def _draw_of(row: int, p: SamplingParams, uniform: float) -> DrawArguments:
@@ -277,7 +307,7 @@ def _edit(logits_NV: Tensor, states: Sequence[SamplerState], num_generated: Sequ
     if bound:  # last, so that nothing brings a forbidden token back
         allowed_BV = np.stack([c.allowed_V() for i in bound if (c := states[i].constraint) is not None])
         index_B = _index(bound, out_NV)
-        forbidden_BV = torch.from_numpy(~allowed_BV).to(out_NV.device)
+        forbidden_BV = to_device(~allowed_BV, out_NV.device)
         out_NV.index_copy_(0, index_B, out_NV.index_select(0, index_B).masked_fill(forbidden_BV, -torch.inf))
     return out_NV
 
@@ -285,8 +315,8 @@ def _edit(logits_NV: Tensor, states: Sequence[SamplerState], num_generated: Sequ
 def _flat_entries(rows: Sequence[int], ids: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, Tensor]:
     """Row numbers and token ids, flattened over the rows."""
     present = [t for t in ids if t is not None]
-    lengths = torch.tensor([t.numel() for t in present], device=like.device)
-    return torch.repeat_interleave(_index(rows, like), lengths), torch.cat(present)
+    # Repeated on the host: torch would ask the device how long the result is.
+    return _index(np.repeat(rows, [t.numel() for t in present]).tolist(), like), torch.cat(present)
 
 
 def _penalise(x_MV: Tensor, states: Sequence[SamplerState]) -> Tensor:
@@ -322,7 +352,7 @@ def _draw_rows(
         # Subtracting first keeps every quotient <= 0: nothing overflows at any temperature.
         z_MV = (x_MV - best_N.index_select(0, index_M).float()[:, None]) / temperature_M1
         z_MV.masked_fill_(~ok_N.index_select(0, index_M)[:, None], 0.0)  # failed rows: any harmless value
-        u_M_part = torch.from_numpy(u_M[part]).to(x_MV.device)
+        u_M_part = to_device(u_M[part], x_MV.device)
         ids.append(draw(kept_mass(z_MV, params[part]), u_M_part))
     return torch.cat(ids)
 
@@ -376,8 +406,8 @@ def _keep_top(z_FV: Tensor, mass_FV: Tensor, params: Sequence[SamplingParams]) -
     width = max(limit if limit < vocab else first for limit in limits)
     keys_FV = _ordered_keys(z_FV)
     count_F, keys_FW = _count_kept(keys_FV, mass_FV, limits, params, width)
-    if width < vocab:
-        reached_F = (count_F < width) | (torch.tensor(limits, device=z_FV.device) <= width)
+    if any(limit > width for limit in limits):
+        reached_F = (count_F < width) | (_index(limits, z_FV) <= width)
         if not bool(reached_F.all()):
             count_F, keys_FW = _count_kept(keys_FV, mass_FV, limits, params, vocab)
     cut_F1 = keys_FW.gather(1, count_F[:, None] - 1)
@@ -390,12 +420,12 @@ def _count_kept(
     """How many of the `width` highest keys stay (``[F]``, >= 1), and these keys, descending (``[F, width]``)."""
     vocab = keys_FV.shape[1]
     keys_FW = keys_FV.topk(width, dim=-1).values
-    limit_F1 = torch.tensor(limits, device=keys_FV.device)[:, None]
+    limit_F1 = _index(limits, keys_FV)[:, None]
     within_FW = torch.arange(width, device=keys_FV.device) < limit_F1
     sorted_FW = mass_FV.gather(1, _key_ids(keys_FW)) * within_FW
     total_F1 = torch.where(limit_F1 < vocab, sorted_FW.sum(-1, keepdim=True), mass_FV.sum(-1, keepdim=True))
     before_FW = sorted_FW.cumsum(dim=-1) - sorted_FW
-    top_p_F1 = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=keys_FV.device)[:, None]
+    top_p_F1 = to_device(np.array([p.top_p for p in params]), keys_FV.device)[:, None]
     inside_FW = (top_p_F1 >= 1) | (before_FW.double() < top_p_F1 * total_F1.double())
     return (within_FW & inside_FW).sum(dim=-1), keys_FW
 
@@ -419,18 +449,23 @@ def _key_ids(keys: Tensor) -> Tensor:
 # --- reporting ------------------------------------------------------------------------------------------------------
 
 
-def _to_host(logits_NV: Tensor, ids_N: Tensor, ok_N: Tensor, wanted: Sequence[int | None]) -> SampledTokens:
-    """Log-probabilities where wanted, then everything in one float64 tensor (exact for ids and float32) to the host."""
+def _reported(logits_NV: Tensor, ids_N: Tensor, ok_N: Tensor, wanted: tuple[int | None, ...]) -> DeviceTokens:
+    """Tokens, -1 for a failed row; with log-probabilities where wanted all of it in one float64 tensor (exact for ids
+    and float32)."""
     n = len(wanted)
+    kept_N = torch.where(ok_N, ids_N, -1)
+    if all(k is None for k in wanted):
+        return DeviceTokens(ids_N, HostCopy(kept_N), wanted, 0)
     rows = [i for i, k in enumerate(wanted) if k is not None]
     width = min(logits_NV.shape[1], max((k for k in wanted if k is not None), default=0))
-    packed = torch.stack([torch.where(ok_N, ids_N, -1).double(), ok_N.double()], dim=1)
-    if rows:
-        index = _index(rows, ids_N)
-        table = packed.new_zeros((n, 1 + 2 * width))
-        table.index_copy_(0, index, _logprob_table(logits_NV, rows, ids_N.index_select(0, index), width))
-        packed = torch.cat([packed, table], dim=1)
-    host = packed.tolist()
+    packed = torch.stack([kept_N.double(), ok_N.double()], dim=1)
+    index = _index(rows, ids_N)
+    table = packed.new_zeros((n, 1 + 2 * width))
+    table.index_copy_(0, index, _logprob_table(logits_NV, rows, ids_N.index_select(0, index), width))
+    return DeviceTokens(ids_N, HostCopy(torch.cat([packed, table], dim=1)), wanted, width)
+
+
+def _on_host(host: list[list[float]], wanted: Sequence[int | None], width: int) -> SampledTokens:
     asked = [k if host[i][1] else None for i, k in enumerate(wanted)]
     return SampledTokens(
         token_ids=[int(row[0]) for row in host],
@@ -474,11 +509,16 @@ def _check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
 
 
 def _index(rows: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(list(rows), dtype=torch.int64, device=like.device)
+    return _ids(rows, like.device)
+
+
+def _ids(values: Iterable[int], device: torch.device | str) -> Tensor:
+    return to_device(np.fromiter(values, dtype=np.int64), torch.device(device))
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
+    on_host = torch.tensor(values, dtype=torch.float32, device="cpu")  # not numpy: it warns where a penalty overflows
+    return to_device(on_host.numpy(), like.device)[:, None]
 
 
 def _chunks(rows: int, vocab: int) -> list[slice]:

@@ -9,7 +9,8 @@ everything else, a one-token prompt fresh from the waiting queue included, is a 
 chunk or row that ends at the last known token is the one whose logits are sampled.
 
 A sequence's life: `add` -> WAITING -> (schedule) RUNNING <-> WAITING (preempted) -> `finish` or `abort`.
-Each step: ``plan = schedule(...)``, run it, ``commit(plan)``, and only then append sampled tokens.
+Each step: ``plan = schedule(...)``, run it, ``commit(plan)``, and only then append sampled tokens. A step may be
+planned while the device computes the one before: that one's tokens are `num_pending`, and count like known ones.
 """
 
 from __future__ import annotations
@@ -188,14 +189,15 @@ class Scheduler:
             raise OutOfKVMemoryError(self._never_fits(seq, needed))
 
     def finish(self, seq: Sequence) -> None:
-        """End a RUNNING sequence and free its pages.
+        """End a sequence that is RUNNING, or was preempted while its last token was computed, and free its pages.
 
         Raises:
             IntegrityError: it is not running here.
         """
-        if seq.status is not SequenceStatus.RUNNING:
+        was_preempted = seq.status is SequenceStatus.WAITING and seq.num_preemptions > 0
+        if seq.status is not SequenceStatus.RUNNING and not was_preempted:
             raise IntegrityError(f"finish: sequence {seq.seq_id} is {seq.status.value}, not running")
-        self._running.remove(seq)
+        (self._waiting if was_preempted else self._running).remove(seq)
         self._release(seq, SequenceStatus.FINISHED)
 
     def abort(self, seq: Sequence, *, has_failed: bool = False) -> None:
@@ -277,7 +279,9 @@ class Scheduler:
             if seq.status is not SequenceStatus.WAITING or seq.pages or seq.num_computed:
                 raise IntegrityError(f"waiting sequence {seq.seq_id}: {seq.status.value}, {len(seq.pages)} pages")
         for seq in self._running:
-            least, most = (self._allocator.pages_needed(n) for n in (seq.num_computed, len(seq.tokens)))
+            least, most = (
+                self._allocator.pages_needed(n) for n in (seq.num_computed, len(seq.tokens) + seq.num_pending)
+            )
             if seq.status is not SequenceStatus.RUNNING or not least <= len(seq.pages) <= most:
                 raise IntegrityError(
                     f"running sequence {seq.seq_id}: {seq.status.value}, {len(seq.pages)} pages, not {least}..{most}"
@@ -291,7 +295,7 @@ class Scheduler:
     def _plan_decode(self, draft: _Draft) -> None:
         for seq in tuple(self._running):
             # An earlier sequence of this very loop may have preempted this one.
-            wants_row = seq.status is SequenceStatus.RUNNING and seq.num_left == 1
+            wants_row = seq.status is SequenceStatus.RUNNING and seq.num_left == 1 and seq.may_go_on
             if wants_row and self._make_room(seq, draft):
                 self.pages.grow(seq, seq.num_computed + 1)
                 draft.decode[seq.seq_id] = seq

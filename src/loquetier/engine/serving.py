@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from loquetier.engine.prefix import CacheSpace
 from loquetier.engine.request import Choice, FinishReason, Request, TokenEvent, advance
 from loquetier.engine.residency import Residency
 from loquetier.engine.rows import Sequence, SequenceStatus, StepPlan
-from loquetier.engine.sampler import SampledTokens, TokenConstraint, new_state, prompt_logprobs, sample
+from loquetier.engine.sampler import DeviceTokens, TokenConstraint, new_state, prompt_logprobs, sample_on_device
 from loquetier.engine.scheduler import Scheduler
 from loquetier.engine.stopping import StopChecker
 from loquetier.errors import ConfigError, ContextLengthError, EngineError, LoquetierError
@@ -77,6 +78,7 @@ class Serving:
                 choice = self._new_choice(request, index, list(prompt), max_total, priority)
                 choice.seq.cache_root = root
                 choice.sampler.constraint = None if constrain is None else constrain()
+                choice.seq.needs_host = choice.sampler.needs_host
                 self.scheduler.check(choice.seq)
                 request.choices.append(choice)
             self.residency.start(hold, lambda: self._begin(request), lambda error: self._never_begins(request, error))
@@ -157,18 +159,27 @@ class Serving:
             if choice is not None and choice.queue_seconds is None:
                 choice.queue_seconds = time.perf_counter() - choice.arrived
 
-    def sample(self, batch: Batch, hidden_MD: Tensor) -> SampledTokens | None:
-        """Sample the next token of every sequence that is complete up to its last token."""
+    def sample(self, batch: Batch, hidden_MD: Tensor) -> DeviceTokens | None:
+        """Sample the next token of every sequence that is complete up to its last token. Nothing waits for the device
+        but prompt log-probabilities, where a request asks for them."""
         with torch.no_grad():
             for chunk, row in batch.prompt_chunks:
                 self._prompt_logprobs(batch, hidden_MD, chunk.seq, chunk.start, row, chunk.length)
             if not batch.sampled:
                 return None
-            rows_N = torch.from_numpy(batch.sample_rows).to(hidden_MD.device)
             step = head_step(batch.step, batch.sample_rows, self.head_module, with_grad=False)
-            logits_NV = self.base.logits(hidden_MD.index_select(0, rows_N), step)
+            logits_NV = self.base.logits(hidden_MD.index_select(0, batch.sample_rows_N), step)
             states = [self.choices[seq.seq_id].sampler for seq in batch.sampled]
-            return sample(logits_NV, states, [seq.num_generated for seq in batch.sampled])
+            tokens = sample_on_device(logits_NV, states, [seq.num_sampled for seq in batch.sampled])
+            for i, state in enumerate(states):
+                state.count(tokens.ids_N[i : i + 1])
+            return tokens
+
+    @staticmethod
+    def mark_pending(batch: Batch) -> None:
+        """The batch's tokens are sampled, and `deliver` will tell the host which they are. After `Scheduler.commit`."""
+        for seq in batch.sampled:
+            seq.num_pending += 1
 
     def _prompt_logprobs(
         self, batch: Batch, hidden_MD: Tensor, seq: Sequence, start: int, row: int, length: int
@@ -180,7 +191,7 @@ class Serving:
         stop = min(start + length, seq.prompt_len - 1)
         for at in range(start, stop, PROMPT_CHUNK_ROWS):
             n = min(PROMPT_CHUNK_ROWS, stop - at)
-            rows = torch.arange(row + at - start, row + at - start + n).numpy()
+            rows = np.arange(row + at - start, row + at - start + n)
             step = head_step(batch.step, rows, self.head_module, with_grad=False)
             logits_LV = self.base.logits(hidden_MD[rows[0] : rows[-1] + 1], step)
             try:
@@ -190,18 +201,20 @@ class Serving:
                 return
             choice.prompt_logprobs.update(zip(range(at + 1, at + 1 + n), found, strict=True))
 
-    def deliver(self, batch: Batch, sampled: SampledTokens | None) -> None:
-        """Append the sampled tokens, tell the clients, end what is finished. After `Scheduler.commit`."""
+    def deliver(self, batch: Batch, tokens: DeviceTokens | None) -> None:
+        """Append the sampled tokens, tell the clients, end what is finished. After `mark_pending`."""
         for chunk, _ in batch.prompt_chunks:
             broken = self.choices.get(chunk.seq.seq_id)
             if broken is not None and broken.error is not None:
                 self.end(broken, broken.error)
-        if sampled is None:
+        if tokens is None:
             return
+        sampled = tokens.read()
         for i, seq in enumerate(batch.sampled):
+            seq.num_pending -= 1
             choice = self.choices.get(seq.seq_id)
-            if choice is None or seq.status is not SequenceStatus.RUNNING:
-                continue  # aborted while the step ran
+            if choice is None:
+                continue  # ended after this step was planned: its client left, or the step before was its last
             if sampled.failed[i]:
                 label = choice.request.version.label
                 self.end(choice, EngineError(f"{label} gave logits that are not finite; no token can be chosen"))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from loquetier.adapters.arena import Arena
@@ -15,6 +16,7 @@ from loquetier.engine.batch import Batch, DropoutPlan, Int64s, Labels, head_step
 from loquetier.engine.rows import StepPlan, TrainItem
 from loquetier.errors import LoquetierError
 from loquetier.kernels.dropout import row_keys
+from loquetier.kernels.transfer import HostCopy
 from loquetier.training.data import Example
 from loquetier.training.job import EvalResult, EvalTask, FinetuneJob, JobStatus, StepRecord
 from loquetier.training.loss import linear_cross_entropy
@@ -23,6 +25,15 @@ from loquetier.training.tape import GraphTape
 
 JobListener = Callable[[FinetuneJob, StepRecord | None], None]
 """Told of every optimizer step (with its record) and every change of state (None). Must not block."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Losses:
+    """Losses of a step's labelled rows, on their way to the host."""
+
+    labels: Labels
+    copy_2L: HostCopy
+    """Negative log-likelihood, and 1.0 where the first choice is right."""
 
 
 @dataclass(slots=True)
@@ -37,6 +48,8 @@ class Trainer:
     """Jobs that still hold a slot, by id."""
     evaluations: dict[int, tuple[EvalTask, Callable[[EvalResult | LoquetierError], None]]] = field(default_factory=dict)
     tape: GraphTape | ReplayTape | None = None
+    _unread: list[_Losses] = field(default_factory=list)
+    """Read when something depends on them, not step by step: reading waits for the device."""
 
     @property
     def has_work(self) -> bool:
@@ -146,12 +159,20 @@ class Trainer:
         )
         plain = None if adapted else self.base.frozen_head
         losses, grad_TD = linear_cross_entropy(hidden_TD, labels.rows, head, with_grad=with_grad, plain=plain)
-        nll, correct = (t.double().numpy(force=True) for t in (losses.nll_L, losses.correct_L))
-        for item, start, stop in ((r.item, r.start, r.stop) for r in labels.items):
-            owner = self.evaluations[item.job_id][0] if item.job_id in self.evaluations else self.jobs[item.job_id]
-            # Each item's own sum: another job's loss, be it NaN, must not reach this one's.
-            owner.record(float(nll[start:stop].sum()), float(correct[start:stop].sum()), stop - start)
+        self._unread.append(_Losses(labels, HostCopy(torch.stack([losses.nll_L, losses.correct_L]))))
         return grad_TD
+
+    def _settle(self) -> None:
+        """Give every item's losses to its job or evaluation, if that is still there."""
+        for losses in self._unread:
+            nll, correct = losses.copy_2L.numpy().astype(np.float64)
+            for item, start, stop in ((r.item, r.start, r.stop) for r in losses.labels.items):
+                task = self.evaluations.get(item.job_id)
+                owner = task[0] if task is not None else self.jobs.get(item.job_id)
+                if owner is not None:
+                    # Each item's own sum: another job's loss, be it NaN, must not reach this one's.
+                    owner.record(float(nll[start:stop].sum()), float(correct[start:stop].sum()), stop - start)
+        self._unread.clear()
 
     def backward(self, units: int) -> int:
         """Run up to `units` of the open tape; returns units that ran times a unit's cost in rows.
@@ -165,6 +186,7 @@ class Trainer:
             self.tape.run_unit()
         rows = ran * self.tape.unit_rows
         if self.tape.units_left == 0:
+            self._settle()  # an optimizer step looks at its loss; this is where training waits for the device
             for job in self.jobs.values():
                 job.finish_items(sum(item.job_id == job.job_id for item in self.tape.items))
             self.tape = None
@@ -181,5 +203,7 @@ class Trainer:
 
     def finished_evaluations(self) -> list[tuple[EvalTask, Callable[[EvalResult | LoquetierError], None]]]:
         """Evaluations whose last example is done; they are forgotten here."""
+        if any(task.is_computed for task, _ in self.evaluations.values()):
+            self._settle()
         done = [task_id for task_id, (task, _) in self.evaluations.items() if task.is_done]
         return [self.evaluations.pop(task_id) for task_id in done]

@@ -20,6 +20,7 @@ from torch import Tensor
 from loquetier.kernels.mixing import GOLDEN, MIX_1, MIX_2, WORD, drop_threshold, mix_int, module_hash, signed
 from loquetier.kernels.reference import Factors, FactorTable, Segment
 from loquetier.kernels.smlm import SmlmPlan, smlm_backward, smlm_forward, triton_smlm
+from loquetier.kernels.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class DropoutRows:
 
     def at(self, rows: npt.NDArray[np.int64]) -> DropoutRows:
         """The same for a choice of TRAIN rows (what reaches lm_head)."""
-        return DropoutRows(self.rates, self.keys_T[torch.from_numpy(rows).to(self.keys_T.device)])
+        return DropoutRows(self.rates, self.keys_T[to_device(rows, self.keys_T.device)])
 
 
 def row_keys(seed: int, draw: int, item: int, num_rows: int, first_row: int = 0) -> npt.NDArray[np.int64]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from loquetier.kernels.mixing import drop_threshold
 from loquetier.kernels.reference import Segment
+from loquetier.kernels.transfer import to_device
 from loquetier.kernels.triton_plan import padded_rank, tile_rows
 from loquetier.kernels.triton_tables import KEEP_ALL, ONE_BITS, PADDING, TILE_WORDS, float_bits
 
@@ -99,14 +100,14 @@ def make_layout(
     block = tile_rows(longest)
     rounds = span_rounds(segments, row_of, rates) if backward else []
     return Layout(
-        tiles=torch.from_numpy(tile_table(segments, row_of, rates, block)).to(device),
+        tiles=to_device(tile_table(segments, row_of, rates, block), device),
         block=block,
         rank=padded_rank(rank),
         weights=weights,
         aligned=aligned,
         drops=any(rates),
         longest=longest,
-        rounds=tuple(torch.from_numpy(r).to(device) for r in rounds),
+        rounds=tuple(to_device(r, device) for r in rounds),
     )
 
 
@@ -139,4 +140,4 @@ def refill(layout: Layout, segments: Sequence[Segment], row_of: Mapping[int, int
     padded = np.zeros((len(layout.tiles), TILE_WORDS), dtype=np.int32)
     padded[:, 0] = PADDING
     padded[: len(tiles)] = tiles
-    layout.tiles.copy_(torch.from_numpy(padded), non_blocking=True)
+    layout.tiles.copy_(to_device(padded, layout.tiles.device))

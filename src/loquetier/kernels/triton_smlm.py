@@ -15,6 +15,7 @@ from torch import Tensor
 from loquetier.kernels import triton_plan as plans
 from loquetier.kernels import triton_smlm_kernels as kernels
 from loquetier.kernels.reference import FactorTable, Segment
+from loquetier.kernels.transfer import to_device
 from loquetier.kernels.triton_layout import Layout, fixed_layout, make_layout
 from loquetier.kernels.triton_load import TYPES, interpreted
 from loquetier.kernels.triton_plan import SMALL_TILE
@@ -182,7 +183,7 @@ def _unplanned(
     row_of = {slot: row for row, slot in enumerate(dict.fromkeys(s.slot for s in used))}
     found = {slot: table[slot][module] for slot in row_of}
     words = [words_of(module, f, None if grads is None else grads[slot][module]) for slot, f in found.items()]
-    slots = torch.from_numpy(np.asarray(words, dtype=np.int64)[:, None]).to(device)
+    slots = to_device(np.asarray(words, dtype=np.int64)[:, None], device)
     layout = make_layout(
         used, row_of, _rates(used, dropout), device=device, backward=grads is not None, **common(found.values())
     )

@@ -15,6 +15,7 @@ import torch
 
 from loquetier.kernels.mixing import module_hash
 from loquetier.kernels.reference import Factors, FactorTable
+from loquetier.kernels.transfer import to_device
 
 Int64s = npt.NDArray[np.int64]
 WORDS: Final = 8
@@ -59,7 +60,7 @@ class SlotTable:
     def __init__(self, device: torch.device, num_modules: int = 0) -> None:
         self.device, self.generation = device, 0
         self._host = np.zeros((_FIRST_SLOTS, num_modules, WORDS), dtype=np.int64)
-        self.tensor = torch.from_numpy(self._host.copy()).to(device)
+        self.tensor = to_device(self._host.copy(), device)
         self._rows: dict[int, int] = {}
         self._kinds: dict[int, dict[str, Any]] = {}
 
@@ -89,7 +90,7 @@ class SlotTable:
         grown = np.zeros((slots, max(modules, needed), WORDS), dtype=np.int64)
         grown[: len(self._host), :modules] = self._host
         self._host = grown
-        self.tensor = torch.from_numpy(grown.copy()).to(self.device)
+        self.tensor = to_device(grown.copy(), self.device)
         self.generation += 1
 
     def _forget(self, slot: int) -> None:
@@ -104,7 +105,7 @@ class SlotTable:
             own[module] = words_of(module, factors, None)
         self._rows[slot] = row
         self._kinds[slot] = common(modules.values())
-        self.tensor[row].copy_(torch.from_numpy(own))
+        self.tensor[row].copy_(to_device(own.copy(), self.device))
 
     def common(self, slots: Iterable[int]) -> dict[str, Any]:
         """What a layout must know of its slots' weights together."""
@@ -124,7 +125,7 @@ class SlotTable:
             return
         for module, (a_RK, b_RN, _) in grads.items():
             own[module, GRAD_A], own[module, GRAD_B] = a_RK.data_ptr(), b_RN.data_ptr()
-        self.tensor[self._rows[slot]].copy_(torch.from_numpy(own))
+        self.tensor[self._rows[slot]].copy_(to_device(own.copy(), self.device))
 
 
 def common(found: Iterable[Factors]) -> dict[str, Any]:

@@ -15,10 +15,12 @@ from functools import cache, lru_cache
 from itertools import accumulate
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from loquetier.kernels.attention import MaskRule, span_attention
+from loquetier.kernels.transfer import to_device
 
 TYPES: Final = (torch.bfloat16, torch.float16)
 LARGEST_HEAD: Final = 256
@@ -75,7 +77,7 @@ class Varlen:
 @lru_cache(maxsize=4)
 def _cumulative(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """int32 ``[0, l0, l0 + l1, ...]``, sent once per step: its layers ask for the same one."""
-    return torch.tensor(tuple(accumulate(lengths, initial=0)), dtype=torch.int32, device=device)
+    return to_device(np.fromiter(accumulate(lengths, initial=0), dtype=np.int32), device)
 
 
 def adapted(function: Callable[..., Any]) -> Varlen | None:

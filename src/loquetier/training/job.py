@@ -102,6 +102,11 @@ class EvalTask:
         """The first `count` of `ready_items` were scheduled."""
         self._next += count
 
+    @property
+    def is_computed(self) -> bool:
+        """Every example was scheduled; the last ones' losses may still be on the device."""
+        return self._next == len(self.examples)
+
     def record(self, nll: float, correct: float, num_labels: int) -> None:
         """One example's losses."""
         self.sums.add(nll, correct, num_labels)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from loquetier.kernels.softmax import Probabilities, probabilities
+from loquetier.kernels.transfer import to_device
 
 CHUNK_ROWS = 256
 """256 rows x 128k vocabulary x 4 bytes = 128 MiB of logits at a time."""
@@ -76,8 +77,7 @@ def linear_cross_entropy(
 def _chunk(hidden_TD: Tensor, labels: LabelledRows, head: HeadFunction, grad_TD: Tensor | None) -> RowLosses:
     """One chunk's losses; its gradient goes into `grad_TD`. A function of its own: its logits end with it."""
     with_grad, device = grad_TD is not None, hidden_TD.device
-    rows_n = torch.from_numpy(labels.rows).to(device)
-    targets_n = torch.from_numpy(labels.targets).to(device)
+    rows_n, targets_n = to_device(np.stack([labels.rows, labels.targets]), device)
     hidden_nD = hidden_TD.index_select(0, rows_n).requires_grad_(with_grad)
     with torch.set_grad_enabled(with_grad):
         logits_nV = head(hidden_nD, labels.rows)
@@ -85,7 +85,7 @@ def _chunk(hidden_TD: Tensor, labels: LabelledRows, head: HeadFunction, grad_TD:
     found = probabilities(logits32_nV, targets_n[:, None])
     correct_n = (logits32_nV.argmax(-1) == targets_n).float()
     if grad_TD is not None:
-        weights_n = torch.from_numpy(labels.weights).to(device)
+        weights_n = to_device(labels.weights, device)
         dlogits_nV = _dlogits(found, targets_n, weights_n).to(logits_nV.dtype)
         (dhidden_nD,) = torch.autograd.grad(logits_nV, hidden_nD, dlogits_nV)
         grad_TD.index_copy_(0, rows_n, dhidden_nD)

@@ -1,0 +1,96 @@
+"""A whole engine (serve, train, evaluate, publish) on the make-believe device of `tests.make_believe`, by itself.
+
+``python -m tests.engine.on_make_believe`` prints one JSON object; `test_device.py` runs it and judges.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+from tests.make_believe import DEVICE, Accelerator
+from tests.parity.helpers import Answer, ask, make_engine
+from tests.parity.training_helpers import random_examples
+from tests.tiny import tiny_model
+
+from loquetier.adapters.spec import LoraSpec, resolve_modules
+from loquetier.config import TrainingConfig
+from loquetier.engine.engine import Engine
+from loquetier.kernels import transfer
+
+
+def serve_and_train(engine: Engine, after_step: Any) -> dict[str, Any]:
+    """Three kinds of requests beside a job that publishes and evaluates; then decode rows alone."""
+    lora = LoraSpec(r=4)
+    modules = resolve_modules(lora, engine.base.targets)
+    g = torch.Generator().manual_seed(1)
+    factors = {
+        m.target.path: (
+            0.1 * torch.randn(m.rank, m.target.in_features, generator=g),
+            0.1 * torch.randn(m.target.out_features, m.rank, generator=g),
+        )
+        for m in modules
+    }
+    engine.adapters.load("a", lora, modules, factors)
+    rows = random_examples(6, 9, 17, seed=3)
+    losses: list[float] = []
+    config = TrainingConfig(batch_size=3, max_steps=3, learning_rate=1e-2, eval_every=2)
+    engine.jobs.start(
+        "job", LoraSpec(r=4, dropout=0.1), config, rows, rows[:2],
+        lambda job, record: losses.append(record.loss) if record is not None else None,
+    )  # fmt: skip
+    base = engine.base.name
+    answers: list[Answer] = [
+        ask(engine, list(range(10, 30)), base, max_tokens=12, logprobs=2),
+        ask(engine, list(range(40, 47)), "a", max_tokens=10, temperature=0.8, seed=1, top_p=0.9, top_k=20),
+        ask(engine, list(range(50, 59)), "a", max_tokens=10, repetition_penalty=1.3, logit_bias={7: 2.0}, min_tokens=3,
+            stop_token_ids=(9,)),
+    ]  # fmt: skip
+    while engine.has_work:
+        engine.step()
+        engine.check_integrity()
+        after_step(None)
+    answers += [ask(engine, [5 + i, 6, 7], "job" if i % 2 else base, max_tokens=6) for i in range(4)]
+    engine.step()
+    while engine.scheduler.has_work:
+        after_step(engine)
+    engine.step()
+    return {"losses": losses, "tokens": [a.tokens() for a in answers]}
+
+
+def main(tape: str) -> None:
+    """Prints the CPU's outcome, the device's, and what was done badly on the device."""
+    model = tiny_model("llama")
+    settings: dict[str, Any] = {"tape": tape, "train_window": 8, "max_prefill_rows": 8, "page_size": 4}
+
+    def step(engine: Engine | None) -> None:
+        if engine is not None:
+            engine.step()
+
+    expected = serve_and_train(make_engine(model, **settings), step)
+    transfer._page_locked = lambda host: host  # type: ignore[assignment]
+    transfer._page_locked_like = lambda source: torch.empty(source.shape, dtype=source.dtype)  # type: ignore[assignment]
+    with Accelerator() as accelerator:
+        engine = make_engine(model.to(DEVICE), async_scheduling=True, **settings)
+        accelerator.waits.clear()
+        copies: list[int] = []
+
+        def watched(running: Engine | None) -> None:
+            before = accelerator.copies_to_device
+            step(running)
+            if running is not None:
+                copies.append(accelerator.copies_to_device - before)
+
+        found = serve_and_train(engine, watched)
+        report = {"expected": expected, "found": found, "waits": accelerator.waits, "mixed": accelerator.mixed}
+        report["copies_per_decode_step"] = copies
+        report["kv_device"] = engine.cache.keys[0].device.type
+        engine.arena.flat(next(iter(engine.arena.slots))) + torch.zeros(2)[:1]  # must be noticed
+        report["noticed"] = accelerator.mixed[-1:]
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
