@@ -11,10 +11,10 @@ PIP_INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 # The stamp carries a checksum of what decides the installation: same files, nothing to do.
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: help install demo serve test test-kernels test-triton sanitize wheel crash zipf check fix bench bench-peers learning
+.PHONY: help install demo serve test test-kernels test-triton sanitize wheel crash zipf check fix bench bench-peers bench-gpu learning
 
 help:
-	@echo "make install | demo | serve | test | test-triton | sanitize | wheel | crash | zipf | check | fix | bench | bench-peers | learning"
+	@echo "make install | demo | serve | test | test-triton | sanitize | wheel | crash | zipf | check | fix | bench | bench-peers | bench-gpu | learning"
 
 install: $(STAMP)
 
@@ -93,6 +93,11 @@ bench: install
 # Against PEFT and vLLM's CPU build, each in an environment of its own (5 GB), servers too; docs/benchmarking.md.
 bench-peers: install
 	$(BIN)/loquetier bench peers --make-envs
+
+# On a machine with a GPU, torch, triton, transformers and peft: nothing is installed. At most nine minutes; the result
+# goes to docs/benchmarks/. `python -m loquetier.bench.gpu --dry-run` tries the script on a CPU.
+bench-gpu:
+	PYTHONPATH=src $(or $(wildcard $(BIN)/python),$(PYTHON)) -m loquetier.bench.gpu
 
 # DATA: GSM8K's training file in JSON lines. About 15 minutes on one core; docs/learning.md shows the result.
 DATA ?= gsm8k_train.jsonl

@@ -27,10 +27,10 @@ LOSS_RTOL, GRADIENT_RTOL = 1e-5, 1e-4
 """float32 rounds at 6e-8, and twice the depth of a model magnifies it; a wrong row or mask shows at 1e-2 and above."""
 
 
-def outcome(kernels: str, family: str) -> dict[str, Any]:
+def outcome(kernels: str, argument: str, program: str = "engine_run") -> dict[str, Any]:
     environ = os.environ | {"LOQUETIER_KERNELS": kernels}
     environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT), *filter(None, [environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "tests.triton.engine_run", family]
+    command = [sys.executable, "-m", f"tests.triton.{program}", argument]
     done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     result: dict[str, Any] = json.loads(done.stdout)
@@ -51,6 +51,13 @@ def test_serving_and_training_equal_the_reference(family: str) -> None:
         own, other = torch.tensor(own), torch.tensor(other)
         assert other.any()
         assert (own - other).abs().max() <= GRADIENT_RTOL * other.abs().max()
+
+
+def test_decode_steps_from_fixed_tables_equal_the_reference() -> None:
+    """What a CUDA graph would replay: tables in place, SMLM's segments from the device, padding rows beside them."""
+    ours, theirs = outcome("triton", "graphs", "graph_run"), outcome("reference", "plain", "graph_run")
+    assert ours["tokens"] == theirs["tokens"]
+    assert ours["replays"] > ours["captures"] > 3 and theirs["replays"] == 0
 
 
 class Counted:

@@ -140,7 +140,12 @@ def test_imports_point_down(path: Path) -> None:
         assert layer <= own, f"{module} (layer {own}) imports {imported} (layer {layer})"
 
 
-PEERS = {"loquetier.bench.peft_peer", "loquetier.bench.peft_long", "loquetier.bench.trainer_peer"}
+PEERS = {
+    "loquetier.bench.peft_peer",
+    "loquetier.bench.peft_long",
+    "loquetier.bench.trainer_peer",
+    "loquetier.bench.gpu.tuning",
+}
 """What a benchmark compares with is imported when it is asked for, with a typed error where it is missing."""
 
 

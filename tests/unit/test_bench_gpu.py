@@ -1,0 +1,79 @@
+"""The GPU benchmark's script, on a CPU with a tiny shape: every section runs, and one that breaks harms no other."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import loquetier.bench.gpu.__main__ as script
+from loquetier.bench.gpu.sections import SECTIONS, TARGETS, Section
+from loquetier.bench.gpu.shapes import LLAMA_3_8B, TINY
+
+SRC = Path(__file__).parents[2] / "src"
+NOT_THERE = ("fastapi", "uvicorn", "typer", "rich", "msgspec", "structlog", "llguidance", "gguf", "prometheus_client")
+"""What a bare GPU machine lacks of what the package depends on."""
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda s: s.name)
+def test_every_section_gives_a_result(section: Section) -> None:
+    if section.name == "fine_tuning":
+        pytest.importorskip("peft")
+    result = section.run(TINY)
+    assert result and json.loads(json.dumps(result)) == result, "as it will be written"
+    for target in TARGETS:
+        if target.section == section.name:
+            value = target.judged({section.name: {"result": result}})["value"]
+            assert isinstance(value, float) and value > 0, f"{target.measure}: nothing at {target.path}"
+
+
+def test_a_run_writes_one_file_and_needs_no_web_package(tmp_path: Path) -> None:
+    for name in NOT_THERE:  # packages of these names that cannot be imported
+        (tmp_path / "without" / name).mkdir(parents=True)
+        (tmp_path / "without" / name / "__init__.py").write_text("raise ImportError('not on this machine')")
+    output = tmp_path / "out" / "gpu.json"
+    command = [sys.executable, "-m", "loquetier.bench.gpu", "--dry-run", "--output", str(output), "--only", "roofline"]
+    environ = {**os.environ, "PYTHONPATH": f"{tmp_path / 'without'}{os.pathsep}{SRC}"}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    written: dict[str, Any] = json.loads(output.read_text())
+    assert written["machine"]["dry_run"] is True and written["targets"] == []
+    assert written["sections"]["roofline"]["result"]["gemm_flop_per_s"] > 0
+
+
+def test_a_section_that_crashes_or_hangs_is_an_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert script._isolated("kernels", 1.0, dry=True)["error"]["type"] == "NoTimeLeft"
+    monkeypatch.setattr(script, "MIN_SECONDS", 0.0)
+    assert script._isolated("kernels", 0.05, dry=True)["error"]["type"] == "TimedOut"
+    crashed = script._isolated("no such section", 60.0, dry=True)["error"]
+    assert crashed["type"] == "Crashed" and "StopIteration" in crashed["stderr"]
+
+
+def test_a_section_that_raises_is_written_down(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(_shape: object) -> dict[str, Any]:
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr("loquetier.bench.gpu.sections.SECTIONS", (Section("broken", broken, 1.0),))
+    assert script._run_section("broken", tmp_path / "o.json", dry=True) == 1
+    assert json.loads((tmp_path / "o.json").read_text()) == {
+        "error": {"type": "RuntimeError", "message": "no kernel image is available"}
+    }
+
+
+def test_without_a_gpu_it_says_so_in_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert script.main([]) == 1 and "no CUDA device" in capsys.readouterr().err
+    assert script.main(["--dry-run", "--only", "speed"]) == 1 and "--only speed" in capsys.readouterr().err
+
+
+def test_sections_fit_the_time_and_the_shape_is_an_8b_model() -> None:
+    assert sum(s.seconds for s in SECTIONS) <= script.TOTAL_SECONDS <= 540
+    # 7.5 of the 8.03 billion weights: the rest are the embeddings, which nothing is multiplied by.
+    assert LLAMA_3_8B.linear_weights == pytest.approx(7.504e9, rel=1e-3)
+    judged = TARGETS[0].judged({"single_stream": {"result": {"base_ms_per_token": 9.0}}})
+    assert judged["met"] is False and TARGETS[0].judged({})["met"] is None
