@@ -112,6 +112,8 @@ class Accelerator(TorchDispatchMode):
             self._check_copy(name, args, kwargs)
         if target is not None:
             kwargs = {**kwargs, "device": "cpu" if wants_device else target}
+        # There is no page-locked memory without a real device; ordinary memory holds the same.
+        kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
         raw_args, raw_kwargs = pytree.tree_map_only(OnDevice, lambda t: t.raw, (args, kwargs))
         out = func(*raw_args, **raw_kwargs)
         if name in ("aten::_to_copy",) and out is raw_args[0]:
