@@ -230,6 +230,34 @@ def test_a_broken_step_ends_its_rows_after_their_tokens_of_the_step_before(
     assert len(later.tokens()) == 4
 
 
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_nobody_finds_the_pages_of_a_step_that_failed_after_its_client_had_left(
+    model: Any, new_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch, is_lost: bool
+) -> None:
+    _, engine = both(new_engine, model, page_size=4)
+    expected = ask(engine, prompt(21, 0), max_tokens=3)
+    run(engine)
+    if not is_lost:
+        engine.cache.keys[0].fill_(float("nan"))  # it is read: the second prompt's beginning is found
+    left = ask(engine, prompt(21, 0), max_tokens=3)
+    engine.step()
+    engine.abort_request(left.request_id)
+    assert engine.scheduler.pages.num_kept >= 5, "found until the host knows that the step failed"
+
+    def lost(*args: Any) -> None:
+        raise RuntimeError("the device is lost")
+
+    with monkeypatch.context() as patch:
+        if is_lost:
+            patch.setattr(type(engine.serving), "deliver", lost)
+        engine.step()
+    assert engine.scheduler.pages.num_kept == 0
+    engine.check_integrity()
+    later = ask(engine, prompt(21, 0), max_tokens=3)
+    run(engine)
+    assert later.tokens() == expected.tokens()
+
+
 def test_on_for_a_gpu_and_off_for_a_cpu() -> None:
     gpu = Hardware(has_cuda=True, cpu_bf16_fast=False, free_memory=64 * MIB)
     cpu = Hardware(has_cuda=False, cpu_bf16_fast=False, free_memory=64 * MIB)

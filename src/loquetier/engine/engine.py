@@ -293,6 +293,7 @@ class Engine:
         """A step broke: end what took part in it, keep everything else. Its KV rows are freed with it."""
         error = cause if isinstance(cause, LoquetierError) else EngineError(f"{type(cause).__name__}: {cause}")
         for seq in (*(c.seq for c in plan.prefill), *plan.decode):
+            self.scheduler.pages.distrust(seq)  # also of one that has ended since: others may find its pages
             choice = self.serving.choices.get(seq.seq_id)
             if choice is not None:
                 self.serving.end(choice, error)

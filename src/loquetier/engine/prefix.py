@@ -204,9 +204,14 @@ class PrefixCache:
             self._stop_computing(key, seq)
 
     def distrust(self, seq: Sequence) -> None:
-        """Nobody shall find the pages of this sequence any more: it failed, and they may be why."""
-        for page in seq.pages:
-            if page in self._key_of:
+        """Nobody shall find the pages of this sequence any more: it failed, and they may be why.
+
+        By key: with async scheduling it may have ended, or was preempted, before its failure is known, and owns none.
+        """
+        for page in [self._page_of[key] for key in seq.page_keys if key in self._page_of]:
+            if page in self._idle:
+                self._give_up(page)
+            else:
                 self._forget(page)
 
     def _give_up(self, page: int) -> None:

@@ -213,6 +213,8 @@ class Serving:
         for i, seq in enumerate(batch.sampled):
             seq.num_pending -= 1
             choice = self.choices.get(seq.seq_id)
+            if sampled.failed[i]:
+                self.scheduler.pages.distrust(seq)
             if choice is None:
                 continue  # ended after this step was planned: its client left, or the step before was its last
             if sampled.failed[i]:
