@@ -77,6 +77,10 @@ crash: install
 zipf: install
 	$(BIN)/python -m tests.scale.zipf
 
+# Walks over the links of /openapi.json and lives of jobs by chance, at length; `make test` has a sample of both.
+conform: install
+	$(BIN)/python -m pytest -q -m conform_full tests/server
+
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

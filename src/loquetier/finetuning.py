@@ -101,6 +101,7 @@ class FinetuneHandle:
             self._begin(job)
 
     def _begin(self, job: FinetuneJob) -> None:
+        cut = [e.num_cut for e in (*job.examples, *job.eval_examples) if e.num_cut]
         start = JobStart(
             job.name,
             job.config,
@@ -111,6 +112,8 @@ class FinetuneHandle:
             None if self._files is None else self._files.directory,
             tuple(job.history),
             bool(job.history) and job.is_eval_due and job.history[-1].evaluation is None,
+            len(cut),
+            sum(cut),
         )
         for pump in (self._pump, self._file_pump):
             pump.begin(start)

@@ -66,7 +66,7 @@ def check(report: dict[str, Any]) -> None:
     assert not whole["leftovers"] and not whole["orphans"] and not whole["job_rooms"]
 
 
-def test_a_server_killed_at_every_place_of_its_story(tmp_path: Path) -> None:
+def test_row_44_a_server_killed_at_every_place_of_its_story(tmp_path: Path) -> None:
     report = report_of(tmp_path, "--ends", ",".join(STORY))
     check(report)
     assert report["stories"][0]["kills"] == list(STORY), "a place was never reached, so nothing was killed there"
@@ -75,7 +75,7 @@ def test_a_server_killed_at_every_place_of_its_story(tmp_path: Path) -> None:
 
 @pytest.mark.crash_full
 @pytest.mark.timeout(3600)
-def test_a_server_killed_at_a_hundred_random_instants(tmp_path: Path) -> None:
+def test_row_44_a_server_killed_at_a_hundred_random_instants(tmp_path: Path) -> None:
     report = report_of(tmp_path, "--random", "100", "--seed", "3")
     check(report)
     assert sum(len(story["kills"]) for story in report["stories"]) >= 80

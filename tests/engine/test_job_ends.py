@@ -29,7 +29,7 @@ def poison(job: FinetuneJob, monkeypatch: pytest.MonkeyPatch, steps: set[int]) -
     monkeypatch.setattr(job, "record", record)
 
 
-def test_skipped_steps_change_nothing_and_the_job_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_41_skipped_steps_change_nothing_and_the_job_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     with checked(make_engine()) as engine:
         job, other = start(engine, "job", SPEC, CONFIG, DATA), start(engine, "other", SPEC, CONFIG, DATA)
         poison(job, monkeypatch, {3, 4, 7})
@@ -51,7 +51,9 @@ def test_skipped_steps_change_nothing_and_the_job_goes_on(monkeypatch: pytest.Mo
         assert engine.registry.resolve("job").number == 5
 
 
-def test_three_skipped_in_a_row_fail_the_job_and_the_last_good_version_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_41_three_skipped_in_a_row_fail_the_job_the_last_good_version_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with checked(make_engine()) as engine:
         heard: list[tuple[JobStatus, bool | None]] = []
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.scale.zipf import SMALL, check, storm
 
 
-def test_no_answer_is_another_adapters_or_another_versions(tmp_path: Path) -> None:
+def test_row_38_no_answer_is_another_adapters_or_another_versions(tmp_path: Path) -> None:
     with storm(tmp_path, SMALL) as (found, expected):
         report = found.run()
         check(found, expected)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import threading
@@ -141,41 +140,6 @@ def test_row_32_a_fifo_in_the_directory_does_not_hang(live: Live, root: Path) ->
     response = live.post(LOAD, {"lora_name": "a", "lora_path": "waits"})
     assert response.status_code == 400
     error_of(response)
-
-
-def changed(root: Path, name: str, **config: Any) -> str:
-    """A copy of the first adapter with another configuration."""
-    directory = root / name
-    shutil.copytree(root / "one", directory)
-    path = directory / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | config))
-    return name
-
-
-def test_rows_33_to_36_bad_adapters_are_400_and_the_base_is_as_before(live: Live, root: Path) -> None:
-    before = say(live, BASE)
-    pickled = root / "pickled"
-    shutil.copytree(root / "one", pickled)
-    (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
-    torn = root / "torn"
-    shutil.copytree(root / "one", torn)
-    file = torn / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes()[:-10])
-    huge = root / "huge"
-    shutil.copytree(root / "one", huge)
-    (huge / "adapter_model.safetensors").write_bytes((2**63 - 1).to_bytes(8, "little") + b"{}")
-    names = [
-        "pickled", "torn", "huge", changed(root, "rank", r=8), changed(root, "dora", use_dora=True),
-        changed(root, "r0", r=0), changed(root, "nowhere", target_modules=["no_such"]),
-        changed(root, "auto_map", auto_map={"x": "y"}), changed(root, "prefix", peft_type="PREFIX_TUNING"),
-    ]  # fmt: skip
-    for name in names:
-        response = live.post(LOAD, {"lora_name": "a", "lora_path": name})
-        assert response.status_code == 400, (name, response.text)
-        error_of(response)
-    assert "safetensors" in live.post(LOAD, {"lora_name": "a", "lora_path": "pickled"}).text
-    assert say(live, BASE) == before
-    live.runtime.check_integrity()
 
 
 def test_load_in_place_makes_a_version_and_rollback_brings_the_old_one_back(live: Live) -> None:

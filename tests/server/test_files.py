@@ -121,7 +121,7 @@ def test_pages(live: Live, client: openai.OpenAI) -> None:
         "bomb",
     ],
 )
-def test_training_data_is_looked_at(client: openai.OpenAI, content: bytes, problem: str | None) -> None:
+def test_row_26_training_data_is_looked_at(client: openai.OpenAI, content: bytes, problem: str | None) -> None:
     file = upload(client, content)
     assert file.status == ("processed" if problem is None else "error"), file.status_details
     if problem is not None:
@@ -186,13 +186,13 @@ PURPOSE, END = part("purpose", b"user_data"), b"--b--\r\n"
         "no-form-data",
     ],
 )
-def test_hostile_bodies(live: Live, body: bytes, status: int, param: str | None) -> None:
+def test_row_24_hostile_bodies(live: Live, body: bytes, status: int, param: str | None) -> None:
     response = post(live, body)
     assert response.status_code == status, response.text
     assert error_of(response)["param"] == param
 
 
-def test_strange_names_are_kept_as_data(live: Live) -> None:
+def test_row_24_strange_names_are_kept_as_data(live: Live) -> None:
     for name, shown in (("CON", "CON"), ("a\x00b", "a\N{REPLACEMENT CHARACTER}b"), ("x" * 4000, "x" * 255)):
         response = post(live, PURPOSE + part("file", b"x", name) + END)
         assert response.status_code == 200, response.text
@@ -204,7 +204,7 @@ def test_the_content_type_must_be_multipart(live: Live) -> None:
     assert post(live, b"x", boundary="").status_code == 415
 
 
-def test_a_client_that_leaves_in_the_middle_leaves_nothing(live: Live) -> None:
+def test_row_25_a_client_that_leaves_in_the_middle_leaves_nothing(live: Live) -> None:
     tuning = live.services.tuning
     assert tuning is not None
     body = PURPOSE + part("file", b"x" * 200_000, "a")
@@ -233,7 +233,7 @@ def test_another_owner_sees_nothing_and_a_key_needs_the_scope(live: Live, client
     assert live.http("GET", "/v1/files", headers=bearer("infer-key")).status_code == 403
 
 
-def test_the_storage_quota_counts_what_is_there_and_what_is_coming(live: Live) -> None:
+def test_row_25_the_storage_quota_counts_what_is_there_and_what_is_coming(live: Live) -> None:
     bob = live.client(api_key="bob-key")
     bob.files.create(file=("a", b"x" * 3000), purpose="batch")
     with pytest.raises(openai.PermissionDeniedError) as caught:
@@ -261,7 +261,7 @@ def test_an_idempotency_key_makes_one_file(live: Live, client: openai.OpenAI) ->
     assert post(live, b"", **{"Idempotency-Key": "x" * 256}).status_code == 400
 
 
-def test_a_full_disk_is_507_and_leaves_nothing(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_42_a_full_disk_is_507_and_leaves_nothing(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     tuning = live.services.tuning
     assert tuning is not None
     connection = tuning.store.database._writer

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
-from tests.server.fixtures import BASE, base_dir, live, runtime
+from tests.server.fixtures import BASE, base_dir, live, make_adapter, runtime
 from tests.server.live import DEADLINE, Live, wait_until
+from tests.server.stateful import walk
+from tests.server.tuned import tuned
 
 __all__ = ["base_dir", "live", "runtime"]
 
@@ -46,3 +50,39 @@ def fuzz(operation: Any, mode: GenerationMode) -> None:
             assert set(body["error"]) == {"message", "type", "param", "code"}, body
 
     check()
+
+
+TUNED = r"^/v1/(files|fine_tuning|load_|unload_|models|completions)"
+LINKED = {
+    "POST /v1/files", "GET /v1/files/{file_id}", "GET /v1/files/{file_id}/content", "DELETE /v1/files/{file_id}",
+    "POST /v1/fine_tuning/jobs", "GET /v1/fine_tuning/jobs/{job_id}", "GET /v1/fine_tuning/jobs/{job_id}/events",
+    "GET /v1/fine_tuning/jobs/{job_id}/checkpoints", "POST /v1/fine_tuning/jobs/{job_id}/cancel",
+    "POST /v1/fine_tuning/jobs/{job_id}/pause", "POST /v1/load_lora_adapter", "POST /v1/unload_lora_adapter",
+    "GET /v1/models/{model}", "POST /v1/completions",
+}  # fmt: skip
+"""What the walks must have got a 200 from."""
+
+
+def walk_links(base_dir: Path, tmp_path: Path, *, rounds: int, steps: int) -> Counter[str]:
+    with tuned(base_dir, tmp_path / "data", adapter_root=tmp_path) as live:
+        make_adapter(live.runtime, tmp_path / "one", seed=1)
+        modes = [GenerationMode.POSITIVE, GenerationMode.NEGATIVE]
+        done = walk(live, modes, rounds=rounds, steps=steps, paths=TUNED, root=tmp_path)
+        tuning = live.services.tuning
+        assert tuning is not None
+        wait_until(lambda: not tuning.running.num_running and live.settled(), "all of it is over")
+        live.runtime.check_integrity()
+        tuning.store.check_integrity()
+    return done
+
+
+def test_no_walk_over_the_links_breaks_the_server(base_dir: Path, tmp_path: Path) -> None:
+    done = walk_links(base_dir, tmp_path, rounds=5, steps=20)
+    assert done.keys() >= LINKED, LINKED - done.keys()
+
+
+@pytest.mark.conform_full
+@pytest.mark.timeout(3600)
+def test_no_long_walk_over_the_links_breaks_the_server(base_dir: Path, tmp_path: Path) -> None:
+    done = walk_links(base_dir, tmp_path, rounds=200, steps=50)
+    assert done.keys() >= LINKED | {"POST /v1/fine_tuning/jobs/{job_id}/resume"}

@@ -174,7 +174,9 @@ def test_pause_resume_and_cancel(live: Live, client: openai.OpenAI, file: FileOb
     assert say(live, checkpoint.fine_tuned_model_checkpoint), "what was trained until then answers"
 
 
-def test_a_change_by_twenty_clients_at_once_happens_once(live: Live, client: openai.OpenAI, file: FileObject) -> None:
+def test_row_31_a_change_by_twenty_clients_at_once_happens_once(
+    live: Live, client: openai.OpenAI, file: FileObject
+) -> None:
     made = create(client, file, BASE, LONG)
     wait_for_step(live, made.id, 1)
     for verb, word in (("pause", "paused"), ("resume", "resumed"), ("cancel", "cancelled")):
@@ -267,7 +269,7 @@ def test_what_is_refused(live: Live, file: FileObject, change: dict[str, Any], p
     assert live.http("GET", f"{JOBS}?limit=1").json()["data"][:1] != [], "the jobs of other tests"
 
 
-def test_training_data_that_cannot_be_used(live: Live, client: openai.OpenAI) -> None:
+def test_row_27_training_data_that_cannot_be_used(live: Live, client: openai.OpenAI) -> None:
     broken = upload(client, jsonl(CHATS) + b"{\n")
     refused = live.post(JOBS, {"model": BASE, "training_file": broken.id})
     assert refused.status_code == 400 and error_of(refused)["code"] == "invalid_training_file"
@@ -346,15 +348,20 @@ def test_a_model_is_deleted(live: Live, client: openai.OpenAI, file: FileObject)
 def test_links_of_the_description_lead_somewhere(live: Live) -> None:
     paths = live.http("GET", "/openapi.json").json()["paths"]
     operations = {o["operationId"]: o for methods in paths.values() for o in methods.values()}
-    found = [
-        (link["operationId"], parameter)
-        for operation in operations.values()
-        for link in operation["responses"].get("200", {}).get("links", {}).values()
-        for parameter in link["parameters"]
-    ]
-    assert sorted(found) == [("get_file", "file_id"), ("get_job", "job_id")]
-    for name, parameter in found:
-        assert parameter in {p["name"] for p in operations[name]["parameters"]}
+    assert len(operations) == sum(len(methods) for methods in paths.values()), "an id means one operation"
+    found = {
+        (name, target): link
+        for name, operation in operations.items()
+        for target, link in operation["responses"].get("200", {}).get("links", {}).items()
+    }
+    assert {("create_file", "create_job"), ("create_job", "cancel_job"), ("pause_job", "resume_job")} <= found.keys()
+    for (_, target), link in found.items():
+        assert link["operationId"] == target
+        known = {p["name"] for p in operations[target].get("parameters", ())}
+        assert link.get("parameters", {}).keys() <= known
+        content = operations[target].get("requestBody", {}).get("content", {})
+        fields = {f for kind in content.values() for f in kind["schema"]["properties"]}
+        assert link.get("requestBody", {}).keys() <= fields and (link.get("parameters") or link.get("requestBody"))
 
 
 def test_a_model_in_training_is_not_deleted(live: Live, client: openai.OpenAI, file: FileObject) -> None:
@@ -365,7 +372,7 @@ def test_a_model_in_training_is_not_deleted(live: Live, client: openai.OpenAI, f
     assert caught.value.response.headers["x-should-retry"] == "false"
 
 
-def test_an_idempotency_key_makes_one_job(live: Live, client: openai.OpenAI, file: FileObject) -> None:
+def test_row_52_an_idempotency_key_makes_one_job(live: Live, client: openai.OpenAI, file: FileObject) -> None:
     made: list[str] = []
 
     def ask() -> None:
@@ -421,7 +428,7 @@ def test_a_job_goes_on_after_a_stop_and_ends_with_the_same_weights(base_dir: Pat
     assert [step for step, _ in losses[0]] == list(range(300, 0, -1)), "each step once"
 
 
-def test_a_full_disk_pauses_a_job_until_there_is_room(
+def test_row_42_a_full_disk_pauses_a_job_until_there_is_room(
     live: Live, client: openai.OpenAI, file: FileObject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     is_full = threading.Event()

@@ -144,7 +144,7 @@ def test_row_6_nothing_skips_the_key(live: Live, target: bytes, host: bytes) -> 
     assert answer[9:12] in (b"400", b"401", b"404"), answer
 
 
-def test_twenty_bad_keys_a_minute(live: Live, clock: Clock) -> None:
+def test_row_5_twenty_bad_keys_a_minute(live: Live, clock: Clock) -> None:
     live.services.bad_keys._buckets.clear()
     statuses = [live.http("GET", "/v1/models", headers=bearer("bad")).status_code for _ in range(22)]
     assert statuses == [401] * 20 + [429] * 2

@@ -82,7 +82,7 @@ def test_writes_are_synced_at_each_commit(store: Store) -> None:
         assert c.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
 
 
-def test_a_full_disk_is_told_as_such(store: Store) -> None:
+def test_row_42_a_full_disk_is_told_as_such(store: Store) -> None:
     with store.write() as c:
         pages = c.execute("PRAGMA page_count").fetchone()[0]
     store.database._writer.execute(f"PRAGMA max_page_count={pages}")  # SQLITE_FULL, as on a full disk
@@ -94,7 +94,7 @@ def test_a_full_disk_is_told_as_such(store: Store) -> None:
         c.execute("INSERT INTO meta VALUES ('x', 'y')")
 
 
-def test_one_process_at_a_time(store: Store) -> None:
+def test_row_43_one_process_at_a_time(store: Store) -> None:
     with pytest.raises(ConfigError, match="in use by another process"):
         open_store(store.data_dir.root)
 
@@ -108,7 +108,7 @@ def test_a_kill_releases_the_directory(tmp_path: Path) -> None:
     open_store(tmp_path).close()
 
 
-def test_a_newer_schema_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_row_43_a_newer_schema_is_refused_and_left_alone(tmp_path: Path) -> None:
     open_store(tmp_path).close()
     with sqlite3.connect(tmp_path / DATABASE) as c:
         c.execute(f"PRAGMA user_version={len(MIGRATIONS) + 1}")
@@ -120,7 +120,7 @@ def test_a_newer_schema_is_refused_and_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["page", "not a database", "empty over an old one", "a file"])
-def test_a_damaged_directory_is_refused_in_one_line(tmp_path: Path, damage: str) -> None:
+def test_row_43_a_damaged_directory_is_refused_in_one_line(tmp_path: Path, damage: str) -> None:
     root = tmp_path / "data"
     store = open_store(root)
     with store.write() as c:

@@ -29,6 +29,10 @@ class JobStart:
     """Steps done before a break, when the job goes on from a checkpoint."""
     is_evaluation_due: bool = False
     """The evaluation of the last of them was cut off and is made again."""
+    num_truncated: int = 0
+    """Examples, of both kinds, that were longer than ``max_seq_len``."""
+    num_cut_tokens: int = 0
+    """Tokens that they have lost."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,7 +111,10 @@ class AdapterDesk:
 
     async def _change(self, who: Principal, name: str, change: Callable[[], AdapterInfo], param: str) -> AdapterInfo:
         async with self._turn:
-            self._check(who, name, not_loaded(name))
+            # Asked here: the runtime's own error tells which adapters there are, and some are other owners'.
+            if self.port.find(name) is None:
+                raise _unknown(name, param)
+            self._check(who, name, _unknown(name, param))
             try:
                 return await asyncio.shield(asyncio.to_thread(change))
             except LoquetierError as error:
@@ -161,6 +164,11 @@ def not_loaded(name: str) -> ApiError:
         code="adapter_not_found",
         param="lora_name",
     )
+
+
+def _unknown(name: str, param: str) -> ApiError:
+    """404 of what vLLM does not have."""
+    return ApiError(404, f"The lora adapter {name[:64]!r} cannot be found.", code="model_not_found", param=param)
 
 
 def _exists(name: str) -> ApiError:

@@ -50,11 +50,18 @@ class ModelBook:
 
     def names(self, who: Principal) -> list[str]:
         """Adapters that this key may use, in the order of their names."""
-        return sorted(v.name for v in self.port.versions() if v.is_live and who.may_use(v.name))
+        strangers = self._strangers(who)
+        return sorted(
+            v.name for v in self.port.versions() if v.is_live and who.may_use(v.name) and v.name not in strangers
+        )
 
     def may_change(self, who: Principal, name: str) -> bool:
         """Whether this key may load over, unload or pin the adapter called `name`, if there is one."""
-        return who.may_use(name)
+        return who.may_use(name) and name not in self._strangers(who)
+
+    def _strangers(self, who: Principal) -> set[str]:
+        """What other owners' jobs made."""
+        return set() if self.durable is None else self.durable.strangers(who.owner)
 
     def note(self, name: str, root: str, created: int) -> None:
         """Remember where an adapter came from, and forget what is not served any more."""
@@ -70,7 +77,7 @@ class ModelBook:
 
     def cards(self, who: Principal) -> list[dict[str, Any]]:
         """The base first, then adapters in the order they came; only what this key may use."""
-        strangers = set() if self.durable is None else self.durable.strangers(who.owner)
+        strangers = self._strangers(who)
         live = [v for v in self.port.versions() if v.is_live and who.may_use(v.name) and v.name not in strangers]
         base = [self.card(None)] if who.may_use(self.port.base_name) else []
         return [*base, *(self.card(v) for v in live)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -22,10 +23,20 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"description": HTTPStatus(status).phrase, **shape} for status in known}
 
 
-def links(operation: str, parameter: str) -> dict[int | str, dict[str, Any]]:
-    """`responses` with a link from the answer's `id` to the route that shows it."""
-    link = {"operationId": operation, "parameters": {parameter: "$response.body#/id"}}
-    return {200: {"links": {operation: link}}}
+def links(
+    parameter: str, *operations: str, value: str = "$response.body#/id", bodies: Mapping[str, str] | None = None
+) -> dict[int | str, dict[str, Any]]:
+    """`responses` with links: what a program can do next with what this answer tells.
+
+    Args:
+        parameter: takes `value` in each of `operations`.
+        value: a runtime expression of OpenAPI.
+        bodies: operation -> field of its JSON body that takes `value`.
+    """
+    found: dict[str, Any] = {o: {"operationId": o, "parameters": {parameter: value}} for o in operations}
+    for operation, name in (bodies or {}).items():
+        found[operation] = {"operationId": operation, "requestBody": {name: value}}
+    return {200: {"description": "Successful Response", "links": found}}
 
 
 ERROR_SCHEMA: dict[str, Any] = {

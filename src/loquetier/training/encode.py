@@ -86,7 +86,7 @@ def encode_form(form: Form, tokenizer: Any, max_len: int, number: int) -> Encode
         raise DataError(f"Example {number}: {error}") from error
     if length < 2:
         raise DataError(f"Example {number} has {length} token(s); at least 2 are needed")
-    return Encoded(Example(tuple(tokens[:max_len]), tuple(learn[:max_len])), length)
+    return Encoded(Example(tuple(tokens[:max_len]), tuple(learn[:max_len]), max(0, length - max_len)), length)
 
 
 def _encode(form: Form, tokenizer: Any, max_len: int, number: int) -> tuple[list[int], list[bool], int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -22,6 +22,8 @@ class Example:
     tokens: tuple[int, ...]
     learn: tuple[bool, ...]
     """``learn[i]``: token i is a label. ``learn[0]`` has no effect: nothing predicts the first token."""
+    num_cut: int = field(default=0, compare=False)
+    """Tokens of the record behind the last of these, cut off by ``max_seq_len``."""
 
     @property
     def num_rows(self) -> int:

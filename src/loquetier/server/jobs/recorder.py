@@ -70,6 +70,7 @@ class Recorder:
 
         def change(c: sqlite3.Connection) -> None:
             self._tell(c, "Files validated, moving job to queued state", once="validated")
+            self._tell_cut(c, start)
             for record in done:
                 self._tell_step(c, record)
             if self.is_restart:
@@ -81,6 +82,14 @@ class Recorder:
             self._keep_what_a_kill_cut_off(start.history)
         except ClosingError:
             log.warning("not_recorded", job=self.job.id, kind="begin")
+
+    def _tell_cut(self, c: sqlite3.Connection, start: JobStart) -> None:
+        """Examples longer than the job takes: their owner may have meant all of them."""
+        if start.num_truncated:
+            total, limit = start.num_examples + start.num_eval_examples, start.config.max_seq_len
+            text = f"{start.num_truncated} of {total} examples are longer than max_seq_len={limit} and were cut"
+            data = {"truncated_examples": start.num_truncated, "cut_tokens": start.num_cut_tokens}
+            self._tell(c, text, level="warn", once="truncated", data=data)
 
     def _keep_what_a_kill_cut_off(self, history: tuple[StepRecord, ...]) -> None:
         """Checkpoints that are on the disk, and may not have become models before the process was killed."""

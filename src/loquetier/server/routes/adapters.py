@@ -15,10 +15,12 @@ from loquetier.adapters.spec import LoraSpec
 from loquetier.server.auth import Principal, Scope
 from loquetier.server.bodies import read_model
 from loquetier.server.guard import need
-from loquetier.server.openapi import body_schema
+from loquetier.server.openapi import body_schema, links
 from loquetier.server.problems import ApiError, unsupported
 from loquetier.server.schemas.adapters import LoadRequest, PinRequest, RollbackRequest, UnloadRequest
 from loquetier.server.services import Services
+
+_NAME = "$request.body#/lora_name"
 
 
 def router(services: Services) -> APIRouter:
@@ -26,7 +28,12 @@ def router(services: Services) -> APIRouter:
     routes = APIRouter(tags=["adapters"])
     desk, settings = services.adapters, services.settings
 
-    @routes.post("/v1/load_lora_adapter", dependencies=[need(Scope.ADMIN)], openapi_extra=body_schema(LoadRequest))
+    @routes.post(
+        "/v1/load_lora_adapter",
+        dependencies=[need(Scope.ADMIN)],
+        responses=links("model", "get_model", value=_NAME, bodies={"unload_adapter": "lora_name", "complete": "model"}),
+        openapi_extra=body_schema(LoadRequest),
+    )
     async def load(request: Request) -> Response:
         """Serve a PEFT directory; answers in plain text, as vLLM does."""
         body = await read_model(request, settings, LoadRequest)
@@ -38,7 +45,12 @@ def router(services: Services) -> APIRouter:
         text = f"Success: LoRA adapter '{body.lora_name}' added successfully."
         return PlainTextResponse(text, headers={"x-loquetier-model-version": f"{info.name}@{info.version}"})
 
-    @routes.post("/v1/unload_lora_adapter", dependencies=[need(Scope.ADMIN)], openapi_extra=body_schema(UnloadRequest))
+    @routes.post(
+        "/v1/unload_lora_adapter",
+        operation_id="unload_adapter",
+        dependencies=[need(Scope.ADMIN)],
+        openapi_extra=body_schema(UnloadRequest),
+    )
     async def unload(request: Request) -> Response:
         """Stop serving an adapter; what is under way ends on it."""
         body = await read_model(request, settings, UnloadRequest)

@@ -26,7 +26,12 @@ def router(services: Services) -> APIRouter:
     """The route."""
     routes = APIRouter(tags=["inference"])
 
-    @routes.post("/v1/completions", dependencies=[need(Scope.INFER)], openapi_extra=body_schema(CompletionRequest))
+    @routes.post(
+        "/v1/completions",
+        operation_id="complete",
+        dependencies=[need(Scope.INFER)],
+        openapi_extra=body_schema(CompletionRequest),
+    )
     async def complete(request: Request) -> Response:
         """Go on with one text or many, whole or as a stream."""
         body = await read_model(request, services.settings, CompletionRequest)

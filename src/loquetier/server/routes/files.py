@@ -32,9 +32,11 @@ def router(tuning: Tuning) -> APIRouter:
 
     @routes.post(
         "/v1/files",
+        operation_id="create_file",
         dependencies=guard,
         response_model_exclude_none=True,
-        responses=errors(400, 403, 413, 415, 507) | links("get_file", "file_id"),
+        responses=errors(400, 403, 413, 415, 507)
+        | links("file_id", "get_file", "get_file_content", "delete_file", bodies={"create_job": "training_file"}),
         openapi_extra=UPLOAD_SCHEMA,
     )
     async def create_file(request: Request) -> FileObject:
@@ -79,6 +81,7 @@ def router(tuning: Tuning) -> APIRouter:
 
     @routes.get(
         "/v1/files/{file_id}/content",
+        operation_id="get_file_content",
         dependencies=guard,
         response_class=Response,
         responses=errors(404) | {200: {"content": {"application/octet-stream": {}}}},
@@ -90,7 +93,7 @@ def router(tuning: Tuning) -> APIRouter:
         headers = {"Content-Length": str(file.bytes), "X-Content-Type-Options": "nosniff"}
         return StreamingResponse(_chunks(opened), 200, headers, "application/octet-stream")
 
-    @routes.delete("/v1/files/{file_id}", dependencies=guard, responses=errors(404))
+    @routes.delete("/v1/files/{file_id}", operation_id="delete_file", dependencies=guard, responses=errors(404))
     async def delete_file(request: Request, file_id: str) -> FileDeleted:
         """Delete a file. A job that has begun with it goes on."""
         who: Principal = request.scope["state"]["principal"]

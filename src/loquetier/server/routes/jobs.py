@@ -33,6 +33,8 @@ from loquetier.server.store.jobs import JobRow
 from loquetier.server.tuning import Tuning
 
 _METADATA = re.compile(r"metadata\[(.{1,64})\]", re.DOTALL)
+LINKED = ("get_job", "cancel_job", "pause_job", "resume_job", "list_job_events", "list_job_checkpoints")
+"""Where a job's id leads."""
 _PAGE = 100
 """Events that a stream reads at once."""
 Limit = Annotated[int, Query(ge=1, le=100)]
@@ -58,8 +60,9 @@ def _change_routes(routes: APIRouter, tuning: Tuning) -> None:
 
     @routes.post(
         "/v1/fine_tuning/jobs",
+        operation_id="create_job",
         dependencies=guard,
-        responses=errors(404, 413, 415, 507) | links("get_job", "job_id"),
+        responses=errors(404, 413, 415, 507) | links("job_id", *LINKED),
         openapi_extra=body_schema(CreateJob),
     )
     async def create_job(request: Request) -> JobObject:
@@ -72,19 +75,34 @@ def _change_routes(routes: APIRouter, tuning: Tuning) -> None:
         work = asyncio.to_thread(desk.create, who, body, canonical(value), key)
         return _shown(tuning, await asyncio.shield(work))
 
-    @routes.post("/v1/fine_tuning/jobs/{job_id}/cancel", dependencies=guard, responses=errors(404, 507))
+    @routes.post(
+        "/v1/fine_tuning/jobs/{job_id}/cancel",
+        operation_id="cancel_job",
+        dependencies=guard,
+        responses=errors(404, 507) | links("job_id", *LINKED),
+    )
     async def cancel_job(request: Request, job_id: str) -> JobObject:
         """End a job; what it has published and its checkpoints go on answering."""
         who: Principal = request.scope["state"]["principal"]
         return _shown(tuning, await asyncio.shield(asyncio.to_thread(tuning.changes.cancel, who, job_id)))
 
-    @routes.post("/v1/fine_tuning/jobs/{job_id}/pause", dependencies=guard, responses=errors(404, 507))
+    @routes.post(
+        "/v1/fine_tuning/jobs/{job_id}/pause",
+        operation_id="pause_job",
+        dependencies=guard,
+        responses=errors(404, 507) | links("job_id", *LINKED),
+    )
     async def pause_job(request: Request, job_id: str) -> JobObject:
         """Stop a job after its current step, until it is resumed."""
         who: Principal = request.scope["state"]["principal"]
         return _shown(tuning, await asyncio.shield(asyncio.to_thread(tuning.changes.pause, who, job_id)))
 
-    @routes.post("/v1/fine_tuning/jobs/{job_id}/resume", dependencies=guard, responses=errors(404, 507))
+    @routes.post(
+        "/v1/fine_tuning/jobs/{job_id}/resume",
+        operation_id="resume_job",
+        dependencies=guard,
+        responses=errors(404, 507) | links("job_id", *LINKED),
+    )
     async def resume_job(request: Request, job_id: str) -> JobObject:
         """Let a paused job go on."""
         who: Principal = request.scope["state"]["principal"]
@@ -127,6 +145,7 @@ def _look_routes(routes: APIRouter, tuning: Tuning) -> None:
 
     @routes.get(
         "/v1/fine_tuning/jobs/{job_id}/events",
+        operation_id="list_job_events",
         dependencies=guard,
         response_model=EventList,
         responses=errors(404) | {200: {"content": {"text/event-stream": {}}}},
@@ -146,7 +165,12 @@ def _look_routes(routes: APIRouter, tuning: Tuning) -> None:
         found = table.events(job.id, after=behind, limit=limit + 1)
         return EventList(data=[event_object(row) for row in found[:limit]], has_more=len(found) > limit)
 
-    @routes.get("/v1/fine_tuning/jobs/{job_id}/checkpoints", dependencies=guard, responses=errors(404))
+    @routes.get(
+        "/v1/fine_tuning/jobs/{job_id}/checkpoints",
+        operation_id="list_job_checkpoints",
+        dependencies=guard,
+        responses=errors(404),
+    )
     async def list_checkpoints(request: Request, job_id: str, after: After = None, limit: Limit = 10) -> CheckpointList:
         """Checkpoints that answer as models, newest first."""
         job = tuning.changes.find(request.scope["state"]["principal"], job_id)

@@ -22,7 +22,7 @@ def router(services: Services) -> APIRouter:
         """The base first, then the adapters."""
         return {"object": "list", "data": models.cards(request.scope["state"]["principal"])}
 
-    @routes.get("/v1/models/{model:path}", dependencies=[need(*Scope)])
+    @routes.get("/v1/models/{model:path}", operation_id="get_model", dependencies=[need(*Scope)])
     async def get_model(request: Request, model: str) -> dict[str, Any]:
         """One model, also ``name@version`` and names with "/" and ":"."""
         return models.card(models.find(request.scope["state"]["principal"], model), model)
