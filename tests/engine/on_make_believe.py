@@ -1,6 +1,6 @@
 """A whole engine (serve, train, evaluate, publish) on the make-believe device of `tests.make_believe`, by itself.
 
-``python -m tests.engine.on_make_believe`` prints one JSON object; `test_device.py` runs it and judges.
+``python -m tests.engine.on_make_believe TAPE...`` prints one JSON object, by tape; `test_device.py` runs it and judges.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def serve_and_train(engine: Engine, after_step: Any) -> dict[str, Any]:
     return {"losses": losses, "tokens": [a.tokens() for a in answers]}
 
 
-def main(tape: str) -> None:
-    """Prints the CPU's outcome, the device's, and what was done badly on the device."""
+def report_of(tape: str) -> dict[str, Any]:
+    """The CPU's outcome, the device's, and what was done badly on the device."""
     model = tiny_model("llama")
     settings: dict[str, Any] = {"tape": tape, "train_window": 8, "max_prefill_rows": 8, "page_size": 4}
 
@@ -70,8 +70,6 @@ def main(tape: str) -> None:
             engine.step()
 
     expected = serve_and_train(make_engine(model, **settings), step)
-    transfer._page_locked = lambda host: host  # type: ignore[assignment]
-    transfer._page_locked_like = lambda source: torch.empty(source.shape, dtype=source.dtype)  # type: ignore[assignment]
     with Accelerator() as accelerator:
         engine = make_engine(model.to(DEVICE), async_scheduling=True, **settings)
         accelerator.waits.clear()
@@ -89,8 +87,10 @@ def main(tape: str) -> None:
         report["kv_device"] = engine.cache.keys[0].device.type
         engine.arena.flat(next(iter(engine.arena.slots))) + torch.zeros(2)[:1]  # must be noticed
         report["noticed"] = accelerator.mixed[-1:]
-    print(json.dumps(report))
+    return report
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    transfer._page_locked = lambda host: host  # type: ignore[assignment]
+    transfer._page_locked_like = lambda source: torch.empty(source.shape, dtype=source.dtype)  # type: ignore[assignment]
+    print(json.dumps({tape: report_of(tape) for tape in sys.argv[1:]}))

@@ -22,17 +22,23 @@ WAITS_ALLOWED = ("optimizer.py", "lora.py", "orientation.py", "shelf.py")
 them: a job's first, and a loaded adapter's (`shelf.py`: residency copies an incoming one from host memory)."""
 
 
-@pytest.fixture(scope="module", params=["graph", "replay"])
-def report(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """In a process of its own: a make-believe device cannot be taken out of torch again."""
+@pytest.fixture(scope="module")
+def reports() -> dict[str, Any]:
+    """By tape. In a process of its own: a make-believe device cannot be taken out of torch again."""
     pytest.importorskip("torch.utils.backend_registration")
     environ = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.on_make_believe", request.param],
+        [sys.executable, "-m", "tests.engine.on_make_believe", "graph", "replay"],
         cwd=ROOT, env=environ, capture_output=True, text=True, timeout=100, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.fixture(params=["graph", "replay"])
+def report(request: pytest.FixtureRequest, reports: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = reports[request.param]
     return found
 
 
