@@ -14,6 +14,7 @@
 #include <sched.h>
 #endif
 #include <stdlib.h>
+#include <time.h>
 
 typedef int32_t (*lq_pool)(int64_t begin, int64_t end, int64_t grain, lq_body body, void *context);
 
@@ -35,21 +36,33 @@ static _Thread_local int64_t member = 0;
 
 /* How long a thread spins before it sleeps. Alone on the machine waits are short, and waking a sleeper costs more than they
  * take; beside another program a wait lasts until the other thread has its core back, and spinning takes from both. So
- * each thread learns: a wait that ended in time adds a little, one that did not halves it. */
-enum { LEAST_SPINS = 128, MOST_SPINS = 4096 /* some 0.25 ms where a pause takes 140 cycles */, MORE_SPINS = 8 };
-static _Thread_local int spins = 1024;
+ * each thread learns from how long it slept: a sleep that a longer spin would have saved doubles the spin, one that lasted
+ * as a core lost to somebody else does halves it. */
+enum { LEAST_SPINS = 128, MOST_SPINS = 8192 /* some 0.5 ms where a pause takes 140 cycles */ };
+static const int64_t SHORT_SLEEP = 300000; /* ns: a wake-up included; a scheduler's slice is 1 to 4 million */
+static _Thread_local int spins = 2048;
+
+static int64_t now(void) {
+    struct timespec t;
+    (void)clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+static void learn(int64_t slept) {
+    if (slept < SHORT_SLEEP)
+        spins = spins * 2 < MOST_SPINS ? spins * 2 : MOST_SPINS;
+    else
+        spins = spins / 2 > LEAST_SPINS ? spins / 2 : LEAST_SPINS;
+}
 
 static void wait_while(Team *t, uint32_t *value, uint32_t old) {
     for (int spin = 0; spin < spins; spin++) {
-        if (__atomic_load_n(value, __ATOMIC_ACQUIRE) != old) {
-            if (spins < MOST_SPINS) spins += MORE_SPINS;
-            return;
-        }
+        if (__atomic_load_n(value, __ATOMIC_ACQUIRE) != old) return;
 #if LQ_X86
         _mm_pause();
 #endif
     }
-    spins = spins / 2 > LEAST_SPINS ? spins / 2 : LEAST_SPINS;
+    int64_t began = now();
     __atomic_add_fetch(&t->sleepers, 1, __ATOMIC_SEQ_CST);
     while (__atomic_load_n(value, __ATOMIC_SEQ_CST) == old) {
 #if defined(__linux__)
@@ -59,6 +72,7 @@ static void wait_while(Team *t, uint32_t *value, uint32_t old) {
 #endif
     }
     __atomic_sub_fetch(&t->sleepers, 1, __ATOMIC_SEQ_CST);
+    learn(now() - began);
 }
 
 /* The new value is seen by who looks later, and by who looks already: either it sees a sleeper, or the sleeper it. */
