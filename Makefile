@@ -11,10 +11,10 @@ PIP_INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 # The stamp carries a checksum of what decides the installation: same files, nothing to do.
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: help install demo serve test test-kernels test-triton sanitize wheel crash zipf check fix bench bench-peers bench-gpu learning
+.PHONY: help install demo serve test test-kernels test-triton sanitize wheel crash zipf conform check fix bench bench-peers bench-gpu learning
 
 help:
-	@echo "make install | demo | serve | test | test-triton | sanitize | wheel | crash | zipf | check | fix | bench | bench-peers | bench-gpu | learning"
+	@echo "make install | demo | serve | test | test-triton | sanitize | wheel | crash | zipf | conform | check | fix | bench | bench-peers | bench-gpu | learning"
 
 install: $(STAMP)
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job's id, ftjob-...")]
 PATH = "/v1/fine_tuning/jobs"
 FINAL = frozenset({"succeeded", "failed", "cancelled"})
+_SERVERS_DEFAULTS = {"num_epochs": "by the data: 3, more below 34 examples", "batch_size": "by the data, at most 8"}
 _PAGE = 100
 _FILE_POLL_SECONDS = 0.5
 
@@ -25,7 +26,7 @@ def register(app: typer.Typer) -> None:
     jobs = typer.Typer(no_args_is_help=True, help="Fine-tuning jobs of a running server.")
     jobs.command("list")(list_jobs)
     jobs.command("show")(show)
-    jobs.command("create")(with_options(create))
+    jobs.command("create")(with_options(create, _SERVERS_DEFAULTS))
     jobs.command("watch")(watch_job)
     jobs.command("events")(events)
     jobs.command("cancel")(_order("cancel", "End a job; what it has published stays."))
@@ -98,9 +99,6 @@ def create(
         body: dict[str, Any] = {"model": model, "training_file": _file_id(api, training_file)}
         if validation_file is not None:
             body["validation_file"] = _file_id(api, validation_file)
-        epochs = settings.pop("num_epochs", None)
-        if epochs is not None:
-            body["method"] = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": epochs}}}
         if "seed" in settings:
             body["seed"] = settings.pop("seed")
         if checkpoint_every is not None:

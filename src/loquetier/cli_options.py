@@ -82,17 +82,19 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the server's ans
 Command = Callable[..., None]
 
 
-def with_options(command: Command) -> Command:
+def with_options(command: Command, defaults: Mapping[str, str] | None = None) -> Command:
     """Give `command` an option for each field; it gets what was given as two mappings, `training` and `lora`.
 
-    What was not given is not in the mappings: the dataclasses own their defaults.
+    What was not given is not in the mappings: the dataclasses own their defaults. `defaults` says for some fields
+    what the help shows instead, where somebody else decides.
     """
+    shown = defaults or {}
     own = {
         name: parameter
         for name, parameter in inspect.signature(command, eval_str=True).parameters.items()
         if name not in ("training", "lora")
     }
-    groups = {"training": _parameters(TrainingConfig, TRAINING), "lora": _parameters(LoraSpec, LORA)}
+    groups = {"training": _parameters(TrainingConfig, TRAINING, shown), "lora": _parameters(LoraSpec, LORA, shown)}
 
     def run(**values: Any) -> None:
         given: dict[str, dict[str, Any]] = {"training": {}, "lora": {}}
@@ -115,14 +117,17 @@ def spelled(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _parameters(kind: type, flags: Mapping[str, Flag]) -> dict[str, inspect.Parameter]:
+def _parameters(kind: type, flags: Mapping[str, Flag], shown: Mapping[str, str]) -> dict[str, inspect.Parameter]:
     types = get_type_hints(kind)
     return {
         f.name: inspect.Parameter(
             f.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
-            annotation=Annotated[_type(types[f.name], flags[f.name]), _option(f.name, flags[f.name], f.default)],
+            annotation=Annotated[
+                _type(types[f.name], flags[f.name]),
+                _option(f.name, flags[f.name], shown.get(f.name, f.default)),
+            ],
         )
         for f in fields(kind)
         if f.name in flags

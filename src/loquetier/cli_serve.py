@@ -55,6 +55,7 @@ def serve(
     ] = None,
     kv_memory: Annotated[int | None, typer.Option(help="Bytes for the KV cache.")] = None,
     adapter_memory: Annotated[int | None, typer.Option(help="Bytes for adapter weights.")] = None,
+    train_memory: Annotated[int | None, typer.Option(help="Bytes for jobs' state and the open tape.")] = None,
     prefix_cache: Annotated[bool, typer.Option(help="Keep the KV pages of prompts for requests like them.")] = True,
     keep_versions: Annotated[int, typer.Option(help="Versions of each adapter kept to roll back to.")] = 2,
     adapter_root: Annotated[
@@ -100,6 +101,7 @@ def serve(
         async_scheduling=async_scheduling,
         kv_memory=kv_memory,
         adapter_memory=adapter_memory,
+        train_memory=train_memory,
         prefix_cache=prefix_cache,
         keep_versions=keep_versions,
         step_time_budget=slo_tpot,

@@ -158,13 +158,21 @@ def test_create_uploads_files_and_sends_only_what_was_given(
         "suffix": "s",
         "seed": 3,
         "metadata": {"k": "v=w"},
-        "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}},
-        "training": {"learning_rate": 0.01, "checkpoint_every": 5},
+        "training": {"learning_rate": 0.01, "num_epochs": 2, "checkpoint_every": 5},
         "lora": {"r": 4},
     }
     server.asked.clear()
     assert run(server, "jobs", "create", "--training-file", "file-1", "--model", "base") == 0
     assert server.asked[0][2] == {"model": "base", "training_file": "file-1"}
+
+
+def test_the_help_of_create_shows_the_servers_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["jobs", "create", "--help"])
+    out = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    # What `loquetier finetune` does without --num-epochs (one pass) is not what a server does.
+    assert "[default: (by the data: 3," in out and "[default: (1)]" in out.split("--gradient")[1]
+    assert "[default: (1)]" not in out.split("--num-epochs")[1].split("--max-steps")[0]
 
 
 def test_create_refuses_what_is_no_file_before_asking(server: Script, capsys: pytest.CaptureFixture[str]) -> None:
