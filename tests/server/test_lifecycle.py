@@ -79,7 +79,10 @@ class Life(RuleBasedStateMachine):
     @rule(chosen=data(), verb=sampled_from(sorted(WORDS)))
     @precondition(lambda self: self.jobs)
     def change(self, chosen: DataObject, verb: str) -> None:
-        job_id = chosen.draw(sampled_from(sorted(self.jobs)))
+        self.ask(chosen.draw(sampled_from(sorted(self.jobs))), verb)
+
+    def ask(self, job_id: str, verb: str) -> None:
+        """One change, and what it must have been answered with."""
         job = self.jobs[job_id]
         answer = self.live.http("POST", f"{JOBS}/{job_id}/{verb}")
         if answer.status_code == 200:
@@ -135,16 +138,18 @@ class Life(RuleBasedStateMachine):
             self.stack.close()
 
 
-def live_through(base: Path, root: Path, *, lives: int, changes: int) -> None:
-    """`lives` made-up lives of up to `changes` changes each; the same ones every time."""
-    roots = (root / str(number) for number in count())
-
+def bound(base: Path, root: Path) -> type[Life]:
     class Bound(Life):
         pass
 
-    Bound.base, Bound.roots = base, roots
+    Bound.base, Bound.roots = base, (root / str(number) for number in count())
+    return Bound
+
+
+def live_through(base: Path, root: Path, *, lives: int, changes: int) -> None:
+    """`lives` made-up lives of up to `changes` changes each; the same ones every time."""
     run_state_machine_as_test(
-        Bound,
+        bound(base, root),
         settings=settings(
             max_examples=lives, stateful_step_count=changes, deadline=None, derandomize=True, database=None,
             suppress_health_check=list(HealthCheck),
@@ -152,8 +157,28 @@ def live_through(base: Path, root: Path, *, lives: int, changes: int) -> None:
     )  # fmt: skip
 
 
+def test_a_life_with_every_change_before_and_after_a_restart(base_dir: Path, tmp_path: Path) -> None:
+    """What few lives by chance may not come to."""
+    life = bound(base_dir, tmp_path)()
+    life.prepare()
+    life.create(LONG)
+    life.create(LONG)
+    first, second = life.jobs
+    for change in ("pause", "", "pause", "resume", "resume", "pause", "resume", "", "pause", "", "cancel", "resume"):
+        if change:
+            life.ask(first, change)
+        else:
+            life.restart()
+        life.the_server_says_the_same()
+    life.ask(second, "cancel")
+    life.restart()
+    life.the_server_says_the_same()
+    life.teardown()
+    assert life.jobs[first].changes == ("pause", "resume", "pause", "resume", "pause", "cancel")
+
+
 def test_lives(base_dir: Path, tmp_path: Path) -> None:
-    live_through(base_dir, tmp_path, lives=3, changes=8)
+    live_through(base_dir, tmp_path, lives=2, changes=8)
 
 
 @pytest.mark.conform_full
