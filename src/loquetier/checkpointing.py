@@ -148,7 +148,7 @@ def open_checkpoints(
         config=job.config,
         data=DataDigest.of(job.examples, job.eval_examples),
         base_fingerprint=engine.base.fingerprint,
-        template_fingerprint=engine.jobs.template_fingerprint,
+        template_fingerprint=engine.jobs.publisher.template_fingerprint,
     )
     try:
         directory = CheckpointDirectory(config, engine.jobs.fail_point)

@@ -574,7 +574,7 @@ class Runtime:
             return NewJob(name=name, spec=spec, config=training, examples=examples, eval_examples=evals)
 
         new = None if validate_in_background else load()
-        self._engine.jobs.template_fingerprint = self.template_fingerprint
+        self._engine.jobs.publisher.template_fingerprint = self.template_fingerprint
         reporters = open_reporters(report_to)
         files = None if output_dir is None else path_of(output_dir)
         place = checkpoint_config(checkpoint_dir, checkpoint_every, checkpoints_to_keep, resume)
@@ -626,10 +626,10 @@ class Runtime:
             kv_pages=engine.allocator.num_pages,
             arena_bytes_free=engine.arena.free_bytes,
             arena_bytes=engine.arena.total_bytes,
-            publishes=engine.jobs.publishes,
-            publish_seconds=engine.jobs.publish_seconds,
-            longest_publish=engine.jobs.longest_publish,
-            publish_bytes=engine.jobs.publish_bytes,
+            publishes=engine.jobs.publisher.count,
+            publish_seconds=engine.jobs.publisher.took.total,
+            longest_publish=engine.jobs.publisher.longest,
+            publish_bytes=engine.jobs.publisher.num_bytes,
             prefix_queries=engine.scheduler.pages.num_queried,
             prefix_hits=engine.scheduler.pages.num_hit,
             adapters=replace(engine.residency.totals),

@@ -96,7 +96,7 @@ def test_every_step_serves_its_weights_at_once() -> None:
             found.append(got)
         assert all(a != b for a, b in pairwise(found))
         run(engine)
-        assert job.status is JobStatus.SUCCEEDED and engine.jobs.publishes == 4
+        assert job.status is JobStatus.SUCCEEDED and engine.jobs.publisher.count == 4
 
 
 def test_requests_finish_on_the_version_they_began_with() -> None:
@@ -132,7 +132,7 @@ def test_publish_schedule(settings: dict[str, Any], numbers: list[int]) -> None:
         published: list[int] = []
 
         def listen(job: FinetuneJob, record: StepRecord | None) -> None:
-            if record is not None and engine.jobs.publishes > len(published):
+            if record is not None and engine.jobs.publisher.count > len(published):
                 published.append(record.step)
 
         engine.jobs.start("job", SPEC, config, DATA, (), listen)

@@ -138,7 +138,7 @@ def test_rows_in_training_beside_them_change_nothing(
     assert not engine.scheduler.has_work
     assert recorder.saw(train=True, prefill=True, decode=True)
     assert recorder.saw(evaluate=True, decode=True) and isinstance(evaluations[0], EvalResult)
-    assert engine.jobs.publishes > 2, "training must really move beside the requests"
+    assert engine.jobs.publisher.count > 2, "training must really move beside the requests"
     compare(engine, recorder, pefts, model)
 
 

@@ -23,18 +23,10 @@ from transformers import (
 
 from loquetier.config import SamplingParams
 from loquetier.engine import sampler
-from loquetier.engine.sampler import (
-    MIN_LOGPROB,
-    SampledTokens,
-    SamplerState,
-    draw,
-    kept_mass,
-    new_state,
-    prompt_logprobs,
-    sample,
-    stream_seed,
-    uniforms,
-)
+from loquetier.engine.drawing import draw, kept_mass
+from loquetier.engine.logprobs import MIN_LOGPROB, prompt_logprobs
+from loquetier.engine.sampler import SampledTokens, SamplerState, new_state, sample
+from loquetier.engine.uniforms import stream_seed, uniforms
 from loquetier.errors import ConfigError, EngineError
 from loquetier.kernels.softmax import probabilities
 

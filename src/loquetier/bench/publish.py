@@ -48,7 +48,7 @@ class PublishBench:
 
     def publish(self) -> None:
         """What ends an optimizer step of a job that publishes."""
-        self.engine.jobs._publish(self.job)
+        self.engine.jobs.publisher.publish(self.job)
 
     def copy(self) -> None:
         """The adapter's bytes, once, to memory that was written before."""
@@ -100,7 +100,7 @@ def measure(base: str, dtype: str, rank: int, count: int, streams: int) -> dict[
     bench = PublishBench(base, dtype, rank)
     bench.idle(3)  # the first publishes touch memory for the first time
     idle, streaming = bench.idle(count), bench.streaming(count, streams)
-    jobs = bench.engine.jobs
+    publisher = bench.engine.jobs.publisher
     return {
         "machine": machine(),
         "commit": commit(),
@@ -112,7 +112,7 @@ def measure(base: str, dtype: str, rank: int, count: int, streams: int) -> dict[
         "target_ms_over_copy": TARGET_MS,
         "idle": summarize(idle),
         "streaming": summarize(streaming),
-        "engine_says": {"publishes": jobs.publishes, "mean_ms": 1000 * jobs.publish_seconds / jobs.publishes},
+        "engine_says": {"publishes": publisher.count, "mean_ms": 1000 * publisher.took.total / publisher.count},
     }
 
 

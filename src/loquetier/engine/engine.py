@@ -31,6 +31,7 @@ from loquetier.engine.decode_graphs import CudaCapture, DecodeGraphs
 from loquetier.engine.jobs import Jobs
 from loquetier.engine.policy import TrainLimits
 from loquetier.engine.prefix import CacheSpace
+from loquetier.engine.publisher import Publisher
 from loquetier.engine.request import Request, TokenEvent
 from loquetier.engine.residency import Residency
 from loquetier.engine.rows import StepPlan
@@ -154,7 +155,9 @@ class Engine:
         self.trainer = Trainer(base, self.arena, head_module)
         self.adapters = AdapterShelf(self.arena, self.registry, self.residency, lora_only=config.serve_only)
         self.admission = Admission(self.trainer, self.residency, memory_model(base, config, self.arena.itemsize))
-        self.jobs = Jobs(self.trainer, self.registry, self.admission, self.residency, fail_points(os.environ))
+        fail_point = fail_points(os.environ)
+        publisher = Publisher(self.arena, self.residency, self.admission, fail_point)
+        self.jobs = Jobs(self.trainer, self.registry, self.admission, self.residency, publisher, fail_point)
         self.jobs.serve_only = config.serve_only
         self.admission.tell = self.jobs.tell
         self.residency.room_changed = self.admission.look_again

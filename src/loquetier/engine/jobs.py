@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -18,6 +17,7 @@ from loquetier.adapters.registry import AdapterRegistry, check_name
 from loquetier.adapters.spec import AdapterSpec, ModulePlan, resolve_modules
 from loquetier.config import TrainingConfig
 from loquetier.engine.admission import Admission, Ticket
+from loquetier.engine.publisher import Publisher
 from loquetier.engine.residency import Residency
 from loquetier.engine.rows import TrainItem
 from loquetier.engine.tally import JobTally
@@ -55,23 +55,13 @@ class Jobs:
     registry: AdapterRegistry
     admission: Admission
     residency: Residency
+    publisher: Publisher
     fail_point: FailPoint = no_fail_point
-    publishes: int = 0
-    publish_seconds: float = 0.0
-    """Time spent publishing, over all publishes."""
-    longest_publish: float = 0.0
-    """Seconds of the slowest one."""
-    publish_bytes: int = 0
-    """Bytes of weights copied, over all publishes."""
     tally: JobTally = field(default_factory=JobTally)
-    template_fingerprint: str | None = None
-    """Of the base's chat template and tokenizer, under which every job here trains; set by who has the tokenizer."""
     _ids: count[int] = field(default_factory=lambda: count(1))
     _listeners: dict[int, JobListener] = field(default_factory=dict)
     serve_only: bool = False
     """The base's original weights are gone: no job can run."""
-    _unpublished: set[int] = field(default_factory=set)
-    """Jobs whose newest weights found no room to be published."""
     _waiting: dict[int, FinetuneJob] = field(default_factory=dict)
     """Jobs without memory, by id: being validated, queued, or paused before they had any."""
 
@@ -88,7 +78,7 @@ class Jobs:
         self.tally.tokens += record.num_tokens
         diverged = divergence(job)
         if diverged is None and job.is_published_now:
-            self._publish_if_room(job)
+            self.publisher.publish_if_room(job)
         self._listeners[job.job_id](job, record)
         self.fail_point("job.after_step")
         if diverged is not None:
@@ -97,15 +87,6 @@ class Jobs:
             self._evaluate_in_training(job)
         elif job.num_steps == job.total_steps:
             self._end(job, JobStatus.SUCCEEDED)
-
-    def _publish_if_room(self, job: FinetuneJob) -> None:
-        try:
-            self._publish(job)
-        except OutOfAdapterMemoryError as error:
-            # Training goes on and the old version keeps serving. The last weights are never lost: when the job
-            # ends, its own slot becomes the version (see `_release`).
-            log.warning("step %d of %s is not published: %s", job.num_steps, job.name, error)
-            self._unpublished.add(job.job_id)
 
     def fail(self, plan_items: Iterable[TrainItem], error: LoquetierError) -> None:
         """A step broke: end the jobs and evaluations that took part in it or have rows on the open tape."""
@@ -337,7 +318,7 @@ class Jobs:
             self.publish_weights(job, *served)
         # What the checkpoint holds is what publish="checkpoint" served last.
         if job.num_steps and (job.is_published_now or job.config.publish == "checkpoint"):
-            self._publish_if_room(job)
+            self.publisher.publish_if_room(job)
         if job.num_steps and job.is_eval_due and job.history[-1].evaluation is None:
             self._evaluate_in_training(job)
             return
@@ -457,7 +438,7 @@ class Jobs:
     def _publish_best(self, job: FinetuneJob) -> bool:
         """Without room the job ends: its next steps would overwrite the best weights."""
         try:
-            self._publish(job)
+            self.publisher.publish(job)
         except OutOfAdapterMemoryError as error:
             self._end(job, JobStatus.FAILED, error)
             return False
@@ -470,7 +451,7 @@ class Jobs:
             return
         reason = reason_to_stop(job.history, job.config)
         if reason is not None and job.config.publish != "best" and not job.is_published_now:
-            self._publish_if_room(job)  # this turned out to be the last step
+            self.publisher.publish_if_room(job)  # this turned out to be the last step
         if reason is not None or job.num_steps == job.total_steps:
             self._end(job, JobStatus.SUCCEEDED, reason=reason)
 
@@ -486,34 +467,11 @@ class Jobs:
         if job.job_id not in self.trainer.jobs or job.status.is_final:
             return False  # its last weights were published when it ended
         try:
-            self._publish(job, weights, step)
+            self.publisher.publish(job, weights, step)
         except OutOfAdapterMemoryError as error:
             log.warning("the checkpoint of step %d of %s is not published: %s", step, job.name, error)
             return False
         return True
-
-    def _publish(self, job: FinetuneJob, weights: Tensor | None = None, step: int | None = None) -> None:
-        """A new served version of the weights in training, or of those given: one copy between two steps, then the
-        name moves."""
-        self.fail_point("job.before_publish")
-        started = time.perf_counter()
-        slot = self.trainer.arena.allocate(self.trainer.arena.modules(job.slot), zeroed=False)
-        if weights is None:
-            self.trainer.arena.copy(job.slot, slot)
-        else:
-            self.trainer.arena.flat(slot).copy_(weights)
-            self.trainer.arena.refresh(slot)
-        version = self.residency.publish(job.name, slot, job.spec, self.template_fingerprint)
-        job.versions[job.num_steps if step is None else step] = version.number
-        if weights is None:
-            self._unpublished.discard(job.job_id)
-        self.admission.published(job)
-        seconds = time.perf_counter() - started
-        self.publishes += 1
-        self.publish_seconds += seconds
-        self.longest_publish = max(self.longest_publish, seconds)
-        self.tally.publish_seconds.add(seconds)
-        self.publish_bytes += self.trainer.arena.slot_bytes(slot)
 
     def _end(
         self, job: FinetuneJob, status: JobStatus, error: LoquetierError | None = None, reason: str | None = None
@@ -535,11 +493,7 @@ class Jobs:
             if job.job_id in in_tape or job.evaluation is not None:
                 continue
             del self.trainer.jobs[job.job_id], self._listeners[job.job_id]
-            if job.status is JobStatus.SUCCEEDED and job.job_id in self._unpublished:
-                version = self.residency.publish(job.name, job.slot, job.spec, self.template_fingerprint)
-                job.versions[job.num_steps] = version.number
-            else:
+            if not self.publisher.take_slot(job):
                 self.trainer.arena.free(job.slot)
-            self._unpublished.discard(job.job_id)
             self.admission.release(job)
             job.drop_memory()

@@ -30,26 +30,19 @@ import torch
 from torch import Tensor
 
 from loquetier.config import SamplingParams
-from loquetier.errors import ConfigError, EngineError
+from loquetier.engine.columns import column_of, ids_of, index_of
+from loquetier.engine.drawing import draw_rows
+from loquetier.engine.logprobs import logprob_table, top_dict
+from loquetier.engine.uniforms import stream_seed, uniforms
+from loquetier.errors import ConfigError
 from loquetier.kernels.native_sample import DrawArguments, NativeSample
 from loquetier.kernels.select import process_kernels
-from loquetier.kernels.softmax import probabilities
 from loquetier.kernels.transfer import HostCopy, to_device
 
-MIN_LOGPROB = -9999.0
-"""Reported in place of -inf, which JSON cannot carry (vLLM uses the same number)."""
 GREEDY_BELOW = 1e-5
 """Lower temperatures are greedy: the division would overflow float32 (vLLM has the same bound)."""
 
-_MASS_ONE = float(1 << 60)
-"""Fixed point of probabilities: keeps every bit of a float32 >= 2**-36, and a row's sum stays below 2**63."""
-_CHUNK_ELEMENTS = 1 << 22
-"""Logits per chunk of the sorting and drawing stages: bounds their 8-byte temporaries to 32 MiB each."""
-_TOP_P_WIDTH = 1024
-"""Sorted tokens tried first for top_p on a CPU; the whole vocabulary is sorted only when they do not suffice."""
-_LOW_32 = (1 << 32) - 1
 _F32 = torch.finfo(torch.float32)
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class TokenConstraint(Protocol):
@@ -140,15 +133,15 @@ def new_state(
         _check_ids("prompt", prompt_tokens, vocab_size)
         state.output_counts_V = torch.zeros(vocab_size, dtype=torch.int32, device=device)
         state.prompt_seen_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-        state.prompt_seen_V.index_fill_(0, _ids(prompt_tokens, device), True)
+        state.prompt_seen_V.index_fill_(0, ids_of(prompt_tokens, device), True)
     if params.logit_bias:
-        state.bias_ids_B = _ids(params.logit_bias.keys(), device)
+        state.bias_ids_B = ids_of(params.logit_bias.keys(), device)
         bias = np.fromiter(params.logit_bias.values(), dtype=np.float32)
         state.bias_B = to_device(bias, torch.device(device))
     if params.min_tokens:
         # A model's own end ids may lie in a padded part of the vocabulary that has no logits: nothing to mask there.
         endings = {t for t in state.eos_token_ids if 0 <= t < vocab_size} | set(params.stop_token_ids)
-        state.ending_ids_E = _ids(sorted(endings), device)
+        state.ending_ids_E = ids_of(sorted(endings), device)
     return state
 
 
@@ -196,29 +189,9 @@ def sample_on_device(logits_NV: Tensor, states: Sequence[SamplerState], num_gene
     rows = [i for i, s in enumerate(states) if not s.is_greedy]
     if rows:
         u_M = uniforms([states[i].seed for i in rows], [num_generated[i] for i in rows])
-        drawn_M = _draw_rows(edited_NV, best_N, ok_N, rows, [states[i].params for i in rows], u_M)
-        ids_N = ids_N.index_copy(0, _index(rows, ids_N), drawn_M)
+        drawn_M = draw_rows(edited_NV, best_N, ok_N, rows, [states[i].params for i in rows], u_M)
+        ids_N = ids_N.index_copy(0, index_of(rows, ids_N), drawn_M)
     return _reported(logits_NV, ids_N, ok_N, tuple(s.params.logprobs for s in states))
-
-
-def prompt_logprobs(logits_LV: Tensor, next_tokens: Sequence[int], k: int) -> list[dict[int, float]]:
-    """Log-probabilities of a prompt: row i of `logits_LV` predicts ``next_tokens[i]``.
-
-    Returns one dict per row: the actual token first, then the `k` most likely ones in descending order, ties by
-    smaller id.
-
-    Raises:
-        EngineError: a row has NaN or +inf, or only -inf.
-    """
-    assert logits_LV.shape[0] == len(next_tokens)
-    if not next_tokens:
-        return []
-    bad = torch.isfinite(logits_LV.amax(dim=-1)).logical_not().nonzero().flatten().tolist()
-    if bad:
-        raise EngineError(f"no prompt logprobs: the logits of {len(bad)} positions, first {bad[0]}, are not finite")
-    chosen_L = _ids(next_tokens, logits_LV.device)
-    table = _logprob_table(logits_LV, range(len(next_tokens)), chosen_L, k).tolist()
-    return [{token: row[0]} | _top_dict(row, k, k) for token, row in zip(next_tokens, table, strict=True)]
 
 
 @cache
@@ -254,34 +227,6 @@ def _draw_of(row: int, p: SamplingParams, uniform: float) -> DrawArguments:
     return DrawArguments(row, p.top_k, p.temperature, p.min_p, p.top_p, uniform)
 
 
-# --- randomness -------------------------------------------------------------------------------------------------
-
-
-def stream_seed(seed: int, choice_index: int) -> int:
-    """The 64-bit stream of one choice: ``mix(mix(seed mod 2**64) + (choice_index + 1) * golden) mod 2**64``.
-
-    mix is splitmix64's finaliser, golden its odd constant 0x9E3779B97F4A7C15.
-    """
-    return int(_hash64([seed % (1 << 64)], [choice_index])[0])
-
-
-def uniforms(seeds: Sequence[int], counters: Sequence[int]) -> npt.NDArray[np.float64]:
-    """One number in [0, 1) per (64-bit seed, counter): the top 53 bits of the same hash as in `stream_seed`."""
-    return (_hash64(seeds, counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def _hash64(seeds: Sequence[int], counters: Sequence[int]) -> npt.NDArray[np.uint64]:
-    steps = np.array(counters, dtype=np.uint64) + np.uint64(1)
-    return _mix64(_mix64(np.array(seeds, dtype=np.uint64)) + steps * _GOLDEN)
-
-
-def _mix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """splitmix64's finaliser (Steele, Lea and Flood, 2014); products wrap modulo 2**64."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
 # --- edits of the logits: bias, min_tokens, penalties, grammar -------------------------------------------------------
 
 
@@ -302,11 +247,11 @@ def _edit(logits_NV: Tensor, states: Sequence[SamplerState], num_generated: Sequ
         at, ids = _flat_entries(unended, [states[i].ending_ids_E for i in unended], out_NV)
         out_NV[at, ids] = -torch.inf
     if penalised:
-        index_M = _index(penalised, out_NV)
+        index_M = index_of(penalised, out_NV)
         out_NV.index_copy_(0, index_M, _penalise(out_NV.index_select(0, index_M), [states[i] for i in penalised]))
     if bound:  # last, so that nothing brings a forbidden token back
         allowed_BV = np.stack([c.allowed_V() for i in bound if (c := states[i].constraint) is not None])
-        index_B = _index(bound, out_NV)
+        index_B = index_of(bound, out_NV)
         forbidden_BV = to_device(~allowed_BV, out_NV.device)
         out_NV.index_copy_(0, index_B, out_NV.index_select(0, index_B).masked_fill(forbidden_BV, -torch.inf))
     return out_NV
@@ -316,7 +261,7 @@ def _flat_entries(rows: Sequence[int], ids: Sequence[Tensor | None], like: Tenso
     """Row numbers and token ids, flattened over the rows."""
     present = [t for t in ids if t is not None]
     # Repeated on the host: torch would ask the device how long the result is.
-    return _index(np.repeat(rows, [t.numel() for t in present]).tolist(), like), torch.cat(present)
+    return index_of(np.repeat(rows, [t.numel() for t in present]).tolist(), like), torch.cat(present)
 
 
 def _penalise(x_MV: Tensor, states: Sequence[SamplerState]) -> Tensor:
@@ -324,126 +269,12 @@ def _penalise(x_MV: Tensor, states: Sequence[SamplerState]) -> Tensor:
     counts_MV = torch.stack([c for s in states if (c := s.output_counts_V) is not None])
     seen_MV = torch.stack([p for s in states if (p := s.prompt_seen_V) is not None]) | (counts_MV > 0)
     # Any finite penalty > 0 is allowed: kept a normal float32, and overflow kept finite, so that no NaN can arise.
-    repetition_M1 = _column([s.params.repetition_penalty for s in states], x_MV).clamp(_F32.tiny, _F32.max)
+    repetition_M1 = column_of([s.params.repetition_penalty for s in states], x_MV).clamp(_F32.tiny, _F32.max)
     scaled_MV = torch.where(x_MV > 0, x_MV / repetition_M1, x_MV * repetition_M1).clamp(_F32.min, _F32.max)
     y_MV = torch.where(seen_MV & (x_MV > -torch.inf), scaled_MV, x_MV)
-    presence_M1 = _column([s.params.presence_penalty for s in states], x_MV)
-    frequency_M1 = _column([s.params.frequency_penalty for s in states], x_MV)
+    presence_M1 = column_of([s.params.presence_penalty for s in states], x_MV)
+    frequency_M1 = column_of([s.params.frequency_penalty for s in states], x_MV)
     return y_MV - presence_M1 * (counts_MV > 0) - frequency_M1 * counts_MV
-
-
-# --- drawing --------------------------------------------------------------------------------------------------------
-
-
-def _draw_rows(
-    logits_NV: Tensor,
-    best_N: Tensor,
-    ok_N: Tensor,
-    rows: Sequence[int],
-    params: Sequence[SamplingParams],
-    u_M: npt.NDArray[np.float64],
-) -> Tensor:
-    """Token ids ``[M]`` of the given rows, a few rows at a time."""
-    ids = []
-    for part in _chunks(len(rows), logits_NV.shape[1]):
-        index_M = _index(rows[part], logits_NV)
-        x_MV = logits_NV.index_select(0, index_M).float()
-        temperature_M1 = _column([p.temperature for p in params[part]], x_MV)
-        # Subtracting first keeps every quotient <= 0: nothing overflows at any temperature.
-        z_MV = (x_MV - best_N.index_select(0, index_M).float()[:, None]) / temperature_M1
-        z_MV.masked_fill_(~ok_N.index_select(0, index_M)[:, None], 0.0)  # failed rows: any harmless value
-        u_M_part = to_device(u_M[part], x_MV.device)
-        ids.append(draw(kept_mass(z_MV, params[part]), u_M_part))
-    return torch.cat(ids)
-
-
-def draw(mass_MV: Tensor, u_M: Tensor) -> Tensor:
-    """Inverse of the cumulative distribution, in order of token ids.
-
-    Args:
-        mass_MV: int64 weights >= 0, each row's sum in [1, 2**63).
-        u_M: float64 in [0, 1].
-
-    Returns:
-        int64 ``[M]``, always a token of positive mass: integer sums have no rounding and so no end to fall off.
-    """
-    cumulative_MV = mass_MV.cumsum(dim=-1)
-    total_M1 = cumulative_MV[:, -1:]
-    target_M1 = (u_M[:, None] * total_M1.double()).to(torch.int64).minimum(total_M1 - 1)
-    return torch.searchsorted(cumulative_MV, target_M1, right=True).squeeze(-1)
-
-
-def kept_mass(z_MV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Probabilities after temperature as int64 fixed point, 0 where min_p, top_k or top_p removed the token.
-
-    top_k keeps exactly k tokens, ties by smaller id; top_p works on what min_p and top_k left, renormalised, and
-    keeps the token that reaches top_p. The most likely token always stays.
-
-    Args:
-        z_MV: float32 logits over temperature, no NaN, at least one finite value per row.
-        params: the rows' options.
-    """
-    vocab = z_MV.shape[1]
-    probs_MV = torch.softmax(z_MV, dim=-1)
-    if any(p.min_p > 0 for p in params):
-        floor_M1 = _column([p.min_p for p in params], z_MV) * probs_MV.amax(dim=-1, keepdim=True)
-        probs_MV = probs_MV.masked_fill(probs_MV < floor_M1, 0.0)
-    mass_MV = (probs_MV.double() * _MASS_ONE).to(torch.int64)
-    rows = [i for i, p in enumerate(params) if 0 < p.top_k < vocab or p.top_p < 1]
-    if not rows:
-        return mass_MV
-    index_F = _index(rows, z_MV)
-    kept_FV = _keep_top(z_MV.index_select(0, index_F), mass_MV.index_select(0, index_F), [params[i] for i in rows])
-    return mass_MV.index_copy(0, index_F, kept_FV)
-
-
-def _keep_top(z_FV: Tensor, mass_FV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """`mass_FV` with everything below each row's cut set to 0."""
-    vocab = z_FV.shape[1]
-    limits = [p.top_k if 0 < p.top_k < vocab else vocab for p in params]
-    # On a GPU a look at the first width's outcome would be one more wait for the device; its sort is fast.
-    first = vocab if z_FV.is_cuda else min(vocab, _TOP_P_WIDTH)
-    width = max(limit if limit < vocab else first for limit in limits)
-    keys_FV = _ordered_keys(z_FV)
-    count_F, keys_FW = _count_kept(keys_FV, mass_FV, limits, params, width)
-    if any(limit > width for limit in limits):
-        reached_F = (count_F < width) | (_index(limits, z_FV) <= width)
-        if not bool(reached_F.all()):
-            count_F, keys_FW = _count_kept(keys_FV, mass_FV, limits, params, vocab)
-    cut_F1 = keys_FW.gather(1, count_F[:, None] - 1)
-    return mass_FV.masked_fill(keys_FV < cut_F1, 0)
-
-
-def _count_kept(
-    keys_FV: Tensor, mass_FV: Tensor, limits: Sequence[int], params: Sequence[SamplingParams], width: int
-) -> tuple[Tensor, Tensor]:
-    """How many of the `width` highest keys stay (``[F]``, >= 1), and these keys, descending (``[F, width]``)."""
-    vocab = keys_FV.shape[1]
-    keys_FW = keys_FV.topk(width, dim=-1).values
-    limit_F1 = _index(limits, keys_FV)[:, None]
-    within_FW = torch.arange(width, device=keys_FV.device) < limit_F1
-    sorted_FW = mass_FV.gather(1, _key_ids(keys_FW)) * within_FW
-    total_F1 = torch.where(limit_F1 < vocab, sorted_FW.sum(-1, keepdim=True), mass_FV.sum(-1, keepdim=True))
-    before_FW = sorted_FW.cumsum(dim=-1) - sorted_FW
-    top_p_F1 = to_device(np.array([p.top_p for p in params]), keys_FV.device)[:, None]
-    inside_FW = (top_p_F1 >= 1) | (before_FW.double() < top_p_F1 * total_F1.double())
-    return (within_FW & inside_FW).sum(dim=-1), keys_FW
-
-
-def _ordered_keys(x_MV: Tensor) -> Tensor:
-    """int64 keys that order a row by value, ties by smaller token id first: no two tokens compare equal.
-
-    A plain topk leaves the order of ties to its implementation, which may differ with the batch's shape.
-    """
-    bits_MV = (x_MV.float() + 0.0).contiguous().view(torch.int32)  # + 0.0 makes -0.0 equal to 0.0
-    # IEEE floats order like sign-magnitude integers; flipping the lower bits of negatives makes it two's complement.
-    ordered_MV = bits_MV ^ ((bits_MV >> 31) & 0x7FFFFFFF)
-    ids_V = torch.arange(x_MV.shape[1], device=x_MV.device)
-    return (ordered_MV.to(torch.int64) << 32) | (_LOW_32 - ids_V)
-
-
-def _key_ids(keys: Tensor) -> Tensor:
-    return _LOW_32 - (keys & _LOW_32)
 
 
 # --- reporting ------------------------------------------------------------------------------------------------------
@@ -459,9 +290,9 @@ def _reported(logits_NV: Tensor, ids_N: Tensor, ok_N: Tensor, wanted: tuple[int 
     rows = [i for i, k in enumerate(wanted) if k is not None]
     width = min(logits_NV.shape[1], max((k for k in wanted if k is not None), default=0))
     packed = torch.stack([kept_N.double(), ok_N.double()], dim=1)
-    index = _index(rows, ids_N)
+    index = index_of(rows, ids_N)
     table = packed.new_zeros((n, 1 + 2 * width))
-    table.index_copy_(0, index, _logprob_table(logits_NV, rows, ids_N.index_select(0, index), width))
+    table.index_copy_(0, index, logprob_table(logits_NV, rows, ids_N.index_select(0, index), width))
     return DeviceTokens(ids_N, HostCopy(torch.cat([packed, table], dim=1)), wanted, width)
 
 
@@ -470,32 +301,9 @@ def _on_host(host: list[list[float]], wanted: Sequence[int | None], width: int) 
     return SampledTokens(
         token_ids=[int(row[0]) for row in host],
         logprobs=[None if k is None else row[2] for row, k in zip(host, asked, strict=True)],
-        top=[None if k is None else _top_dict(row[2:], k, width) for row, k in zip(host, asked, strict=True)],
+        top=[None if k is None else top_dict(row[2:], k, width) for row, k in zip(host, asked, strict=True)],
         failed=[not row[1] for row in host],
     )
-
-
-def _logprob_table(logits_NV: Tensor, rows: Sequence[int], chosen_M: Tensor, width: int) -> Tensor:
-    """float64 ``[M, 1 + 2 * width]``: the chosen token's logprob, then top token ids, then their logprobs."""
-    width = min(width, logits_NV.shape[1])
-    parts = []
-    for part in _chunks(len(rows), logits_NV.shape[1]):
-        x_MV = logits_NV.index_select(0, _index(rows[part], logits_NV)).float()
-        top_MK = _key_ids(_ordered_keys(x_MV).topk(width, dim=-1).values)
-        # The formula of the loss: what is served has the log-probability that was trained, to the bit.
-        found = probabilities(x_MV, torch.cat([chosen_M[part][:, None], top_MK], dim=1)).logprobs_NK
-        picked = found.clamp(min=MIN_LOGPROB).double()
-        parts.append(torch.cat([picked[:, :1], top_MK.double(), picked[:, 1:]], dim=1))
-    return torch.cat(parts)
-
-
-def _top_dict(row: Sequence[float], k: int, width: int) -> dict[int, float]:
-    """The first `k` of a table row's `width` alternatives."""
-    width = min(width, (len(row) - 1) // 2)
-    return {int(row[1 + j]): row[1 + width + j] for j in range(min(k, width))}
-
-
-# --- small helpers --------------------------------------------------------------------------------------------------
 
 
 def _has_penalty(params: SamplingParams) -> bool:
@@ -506,21 +314,3 @@ def _check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
     for token in ids:
         if not 0 <= token < vocab_size:
             raise ConfigError(f"{name}: token id {token} is outside the vocabulary; use ids in [0, {vocab_size})")
-
-
-def _index(rows: Sequence[int], like: Tensor) -> Tensor:
-    return _ids(rows, like.device)
-
-
-def _ids(values: Iterable[int], device: torch.device | str) -> Tensor:
-    return to_device(np.fromiter(values, dtype=np.int64), torch.device(device))
-
-
-def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    on_host = torch.tensor(values, dtype=torch.float32, device="cpu")  # not numpy: it warns where a penalty overflows
-    return to_device(on_host.numpy(), like.device)[:, None]
-
-
-def _chunks(rows: int, vocab: int) -> list[slice]:
-    step = max(1, _CHUNK_ELEMENTS // vocab)
-    return [slice(start, start + step) for start in range(0, rows, step)]

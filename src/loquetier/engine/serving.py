@@ -17,11 +17,12 @@ from loquetier.config import SamplingParams
 from loquetier.engine.batch import Batch, head_step
 from loquetier.engine.detokenize import IncrementalDetokenizer
 from loquetier.engine.hold import HoldState
+from loquetier.engine.logprobs import prompt_logprobs
 from loquetier.engine.prefix import CacheSpace
 from loquetier.engine.request import Choice, FinishReason, Request, TokenEvent, advance
 from loquetier.engine.residency import Residency
 from loquetier.engine.rows import Sequence, SequenceStatus, StepPlan
-from loquetier.engine.sampler import DeviceTokens, TokenConstraint, new_state, prompt_logprobs, sample_on_device
+from loquetier.engine.sampler import DeviceTokens, TokenConstraint, new_state, sample_on_device
 from loquetier.engine.scheduler import Scheduler
 from loquetier.engine.stopping import StopChecker
 from loquetier.errors import ConfigError, ContextLengthError, EngineError, LoquetierError

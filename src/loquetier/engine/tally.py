@@ -43,6 +43,5 @@ class JobTally:
     """Optimizer steps."""
     tokens: int = 0
     """Rows computed for them."""
-    publish_seconds: Tally = field(default_factory=lambda: Tally(SECONDS))
     ended: Counter[str] = field(default_factory=Counter)
     """Jobs that have ended, by their last state."""

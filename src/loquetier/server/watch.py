@@ -155,7 +155,7 @@ def _pulse(engine: Engine) -> Pulse:
         jobs_ended=dict(jobs.tally.ended),
         train_steps=jobs.tally.steps,
         train_tokens=jobs.tally.tokens,
-        publishes=jobs.tally.publish_seconds.copy(),
+        publishes=jobs.publisher.took.copy(),
         cache=_cache_config(engine),
         adapters=_adapters(engine),
     )
