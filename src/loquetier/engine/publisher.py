@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from loquetier.adapters.arena import AdapterArena
+from loquetier.adapters.arena import Arena
 from loquetier.engine.admission import Admission
 from loquetier.engine.residency import Residency
 from loquetier.engine.tally import SECONDS, Tally
@@ -23,7 +23,7 @@ log = logging.getLogger("loquetier.jobs")
 class Publisher:
     """Makes versions of jobs' weights, and counts what that took."""
 
-    arena: AdapterArena
+    arena: Arena
     residency: Residency
     admission: Admission
     fail_point: FailPoint = no_fail_point
