@@ -136,6 +136,28 @@ def test_tokenize_and_back(live: Live) -> None:
     assert live.post("/detokenize", {"tokens": answer["tokens"]}).json() == {"prompt": "aé"}
 
 
+def test_tools_are_shown_by_the_models_template(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = "{% if tools %}{{ '<s>tools:' + (tools | tojson) + '</s>' }}{% endif %}"
+    tokenizer = live.runtime.tokenizer
+    monkeypatch.setattr(tokenizer, "chat_template", shown + tokenizer.chat_template)
+    tool: dict[str, Any] = {"name": "get_time", "parameters": {"type": "object", "properties": {}}}
+    tools: Any = [{"type": "function", "function": tool}]
+    text = live.post(
+        "/detokenize", {"tokens": live.post("/tokenize", {"messages": MESSAGES, "tools": tools}).json()["tokens"]}
+    )
+    assert text.json()["prompt"].startswith("<s>tools:") and "get_time" in text.json()["prompt"]
+    without = live.client().chat.completions.create(**OPTIONS).usage
+    for choice, is_shown in (("auto", True), ("none", False)):
+        used = live.client().chat.completions.create(**OPTIONS, tools=tools, tool_choice=choice).usage
+        assert used is not None and without is not None
+        assert (used.prompt_tokens > without.prompt_tokens + len("get_time")) == is_shown
+    for bad in ([{"type": "function"}], [{"type": "web_search"}], [{"type": "function", "function": {"name": 1}}]):
+        refused = live.post("/v1/chat/completions", OPTIONS | {"tools": bad})
+        assert refused.status_code == 400 and error_of(refused)["param"] == "tools[0]"
+    forced = live.post("/v1/chat/completions", OPTIONS | {"tools": tools, "tool_choice": "required"})
+    assert forced.status_code == 400 and error_of(forced)["param"] == "tool_choice"
+
+
 def test_unknown_fields_pass_and_known_ones_that_are_not_honoured_do_not(live: Live) -> None:
     assert live.post("/v1/chat/completions", OPTIONS | {"some_future_field": 1}).status_code == 200
     for name, value in (

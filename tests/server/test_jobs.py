@@ -386,6 +386,9 @@ def test_row_52_an_idempotency_key_makes_one_job(live: Live, client: openai.Open
     assert len(made) == 30 and len(set(made)) == 1
     again = live.post(JOBS, {"model": BASE, "training_file": file.id}, headers={"Idempotency-Key": "k"})
     assert again.status_code == 400 and error_of(again)["code"] == "idempotency_key_reused"
+    client.files.delete(file.id)
+    ask()
+    assert made[-1] == made[0], "the answer is the job that was made, whatever has become of its file"
 
 
 def test_a_job_goes_on_after_a_stop_and_ends_with_the_same_weights(base_dir: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 
 import openai
 import pytest
+from fastapi.routing import APIRoute
 from tests.server.fixtures import BASE, base_dir, runtime
 from tests.server.live import Live, error_of, serving
+from tests.server.tuned import tuned
 
 from loquetier.errors import ConfigError, IntegrityError
 from loquetier.runtime import Runtime
@@ -61,25 +64,33 @@ def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-def test_every_route_and_every_key(live: Live) -> None:
+def test_every_route_and_every_key(base_dir: Path, tmp_path: Path) -> None:
     """A new route is in this matrix by itself; one without a scope does not even let the app be built."""
-    seen = 0
-    for route in routes_of(create_app(live.services)):
+    with tuned(base_dir, tmp_path, RING, "infer-key") as live:
+        routes = [(method, r) for r in routes_of(create_app(live.services)) for method in r.methods or ()]
+        for method, route in routes:
+            _check_route(live, method, route)
+    training = {(method, r.path) for method, r in routes if r.path.startswith(("/v1/files", "/v1/fine_tuning/"))} | {
+        ("DELETE", "/v1/models/{model:path}")
+    }
+    assert len(training) == 14 and len(routes) >= 30
+    for method, route in routes:
         need = needs_of(route)
-        assert need is not None
-        path = route.path.replace("{model:path}", "math")
-        for method in route.methods or ():
-            seen += 1
-            anonymous = _status(live, method, path, None)
-            if path in PUBLIC:
-                assert anonymous == 200, path
-                continue
-            assert anonymous == 401, path
-            for key in ("infer-key", "train-key", "admin-key"):
-                allowed = bool(need.scopes & KEYS[key].scopes)
-                status = _status(live, method, path, key)
-                assert (status not in (401, 403)) == allowed, (method, path, key, status)
-    assert seen >= 12
+        assert need is not None and ((method, route.path) in training) == (need.scopes == {Scope.TRAIN}), route.path
+
+
+def _check_route(live: Live, method: str, route: APIRoute) -> None:
+    need, path = needs_of(route), re.sub(r"\{[a-z_]+(:path)?\}", "math", route.path)
+    assert need is not None
+    anonymous = _status(live, method, path, None)
+    if path in PUBLIC:
+        assert anonymous == 200, path
+        return
+    assert anonymous == 401, path
+    for key in ("infer-key", "train-key", "admin-key"):
+        allowed = bool(need.scopes & KEYS[key].scopes)
+        status = _status(live, method, path, key)
+        assert (status not in (401, 403)) == allowed, (method, path, key, status)
 
 
 def _status(live: Live, method: str, path: str, key: str | None) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 from tests.server.fixtures import BASE, base_dir, make_adapter
-from tests.server.live import DEADLINE, Live
+from tests.server.live import DEADLINE, Live, wait_until
 from tests.server.test_jobs import JOBS, RING, bearer
 from tests.server.tuned import LONG, QUICK, create, job_of, tuned, upload, wait_for, wait_for_step
 
@@ -185,7 +185,9 @@ def test_what_is_anothers_does_not_exist(live: Live, client: openai.OpenAI) -> N
                 kept = {k: v for k, v in kept.items() if not k.startswith("x-ratelimit")}
                 bodies.append((answer.status_code, answer.text.replace(name, "ID"), kept))
             assert bodies[0] == bodies[1] and bodies[0][0] in (400, 404), (method, path, bodies)
-    for path in ("/v1/models", "/v1/adapters", "/v1/lora_adapters", "/v1/files", JOBS):
+    residency = "/v1/adapters/residency"
+    wait_until(lambda: model in live.http("GET", residency).text, "the engine's next beat names it to its owner")
+    for path in ("/v1/models", "/v1/adapters", "/v1/lora_adapters", residency, "/v1/files", JOBS):
         page = live.http("GET", path, headers=bearer("bob-key"))
         assert page.status_code == 200 and not {n for n in asked if n in page.text}, path
     assert client.files.retrieve(file.id).id == file.id and client.models.retrieve(model).id == model, "all untouched"

@@ -51,8 +51,11 @@ class JobDesk:
         Raises:
             ApiError: 400, 404, 429; nothing was made. InsufficientStorageError.
         """
-        job = self._new(who, body)
         digest = hashlib.sha256(raw).hexdigest()
+        # Before anything is checked: files may have gone since, and the job that was made is still the answer.
+        if key is not None and (made := self._made(who, key, digest)) is not None:
+            return self.changes.find(who, made)
+        job = self._new(who, body)
         self.store.fail_point("create.before_commit")
         with self.store.write() as c:
             self.store.know(c, who.owner, who.id)
@@ -70,6 +73,11 @@ class JobDesk:
         log.info("job_created", job=job.id, owner=who.owner)
         self.running.launch(job.id, is_restart=False)
         return job
+
+    def _made(self, who: Principal, key: str, digest: str) -> str | None:
+        """What this request made when it came before. Raises KeyReusedError."""
+        with self.store.write() as c:
+            return self.store.once.find(c, who.owner, ROUTE, key, digest)
 
     def _new(self, who: Principal, body: CreateJob) -> JobRow:
         base = self.running.runtime.base_name

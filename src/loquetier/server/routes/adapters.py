@@ -21,6 +21,8 @@ from loquetier.server.schemas.adapters import LoadRequest, PinRequest, RollbackR
 from loquetier.server.services import Services
 
 _NAME = "$request.body#/lora_name"
+_NAMING = ("running", "waiting", "resident", "pinned")
+"""Fields of the residency that hold names."""
 
 
 def router(services: Services) -> APIRouter:
@@ -94,10 +96,14 @@ def router(services: Services) -> APIRouter:
         return {"object": "list", "data": data, "has_more": len(names) > limit}
 
     @routes.get("/v1/adapters/residency", dependencies=[need(Scope.ADMIN)])
-    async def residency() -> dict[str, Any]:
-        """What adapters take of the memory, who waits, and what came in and went out since the start."""
+    async def residency(request: Request) -> dict[str, Any]:
+        """What adapters take of the memory, who waits, what came and went; only names that the key may use."""
         pulse = services.watch.pulse
-        return {"object": "adapters.residency"} | ({} if pulse is None else asdict(pulse.adapters))
+        if pulse is None:
+            return {"object": "adapters.residency"}
+        shown, names = asdict(pulse.adapters), set(services.models.names(_who(request)))
+        shown |= {field: [n for n in shown[field] if n in names] for field in _NAMING}
+        return {"object": "adapters.residency"} | shown
 
     @routes.get("/v1/lora_adapters", dependencies=[need(Scope.ADMIN)])
     async def versions(request: Request) -> dict[str, Any]:
