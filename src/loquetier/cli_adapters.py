@@ -29,14 +29,14 @@ def register(app: typer.Typer) -> None:
 def list_adapters(as_json: JsonOption = False, url: UrlOption = DEFAULT_URL, api_key: KeyOption = None) -> None:
     """Every version that the server has; the one that answers under its name is marked."""
     from loquetier.cli_client import connected, print_json
-    from loquetier.cli_view import adapter_table, console
+    from loquetier.cli_view import adapter_table, print_table
 
     with connected(url, api_key) as api:
         found = api.get("/v1/lora_adapters").get("data", [])
     if as_json:
         print_json(found)
     else:
-        console().print(adapter_table(found))
+        print_table(adapter_table(found))
 
 
 def load(

@@ -44,7 +44,7 @@ def list_jobs(
 ) -> None:
     """Your jobs, newest first."""
     from loquetier.cli_client import connected, print_json
-    from loquetier.cli_view import console, job_table
+    from loquetier.cli_view import job_table, print_table
 
     with connected(url, api_key) as api:
         found = []
@@ -56,7 +56,7 @@ def list_jobs(
     if as_json:
         print_json(found)
     else:
-        console().print(job_table(found))
+        print_table(job_table(found))
 
 
 def show(
@@ -64,14 +64,14 @@ def show(
 ) -> None:
     """One job: state, data, settings, and what it has made."""
     from loquetier.cli_client import connected, print_json
-    from loquetier.cli_view import console, job_details
+    from loquetier.cli_view import job_details, print_table
 
     with connected(url, api_key) as api:
         found = api.get(job_path(job))
     if as_json:
         print_json(found)
     else:
-        console().print(job_details(found))
+        print_table(job_details(found))
 
 
 def create(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import datetime
 from typing import Any
 
@@ -12,6 +13,10 @@ from rich.text import Text
 
 from loquetier.cli_client import printable
 
+_NEVER_CUT = 10_000
+"""Columns."""
+_PADDING = re.compile(r" +((?:\x1b\[[0-9;]*m)*)$")
+"""Spaces at a line's end, which would wrap into empty lines; escape codes behind them stay."""
 _COLORS = {
     "succeeded": "green",
     "running": "cyan",
@@ -31,6 +36,15 @@ _DETAILS = (
 def console() -> Console:
     """Where answers go; colors only on a terminal."""
     return Console(highlight=False, soft_wrap=True)
+
+
+def print_table(table: Table) -> None:
+    """One line per row, however narrow the terminal: an id or a name that is cut off cannot be copied."""
+    wide = Console(highlight=False, soft_wrap=True, width=_NEVER_CUT)
+    with wide.capture() as printed:
+        wide.print(table)
+    for line in printed.get().splitlines():
+        print(_PADDING.sub(r"\1", line))
 
 
 def when(seconds: Any) -> str:

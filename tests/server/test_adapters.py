@@ -15,6 +15,8 @@ from tests.server.live import ENGINE, Live, error_of, serving, wait_until
 
 from loquetier.cli import main
 from loquetier.runtime import Runtime
+from loquetier.server.adapter_desk import jailed
+from loquetier.server.problems import ApiError
 
 __all__ = ["base_dir", "runtime"]
 
@@ -68,6 +70,11 @@ def test_load_answer_and_unload(live: Live, root: Path) -> None:
     assert gone.status_code == 200 and gone.text == "Success: LoRA adapter 'a' removed successfully."
     assert int(gone.headers["x-loquetier-freed-bytes"]) > 0
     assert live.post("/v1/completions", {"model": "a", "prompt": "x"}).status_code == 404
+
+
+def test_without_a_root_the_answer_says_how_to_get_one() -> None:
+    with pytest.raises(ApiError, match="without --adapter-root DIR"):
+        jailed("one", None)
 
 
 def test_a_path_may_be_relative_to_the_root(live: Live) -> None:

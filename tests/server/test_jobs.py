@@ -226,6 +226,21 @@ def test_pages_and_filters(live: Live, client: openai.OpenAI, file: FileObject) 
 
 
 @pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"lora": {"rank": 8}}, "lora.rank: there is no such setting; there are r, alpha, dropout"),
+        ({"training": {"lr": 1}}, "training.lr: there is no such setting; there are learning_rate"),
+        ({"hyperparameters": {"n_epochs": 100}}, "n_epochs: Input should be less than or equal to 50"),
+        ({"max_steps": 3}, "as training.max_steps"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_refusal_says_what_would_do(live: Live, file: FileObject, change: dict[str, Any], said: str) -> None:
+    response = live.post(JOBS, {"model": BASE, "training_file": file.id} | change)
+    assert response.status_code == 400 and said in error_of(response)["message"], response.text
+
+
+@pytest.mark.parametrize(
     ("change", "param"),
     [
         ({"model": "none"}, "model"),
@@ -258,6 +273,8 @@ def test_pages_and_filters(live: Live, client: openai.OpenAI, file: FileObject) 
             "training.learning_rate",
         ),
         ({"training": {"batch_size": 2}, "hyperparameters": {"batch_size": 3}}, "training.batch_size"),
+        ({"r": 8}, "r"),  # one level too high: it would train with other settings without a word
+        ({"max_steps": 3}, "max_steps"),
     ],
     ids=lambda value: str(value)[:60] if isinstance(value, dict) else None,
 )

@@ -13,6 +13,7 @@ from openai.types import FileObject
 from openai.types.fine_tuning import FineTuningJob
 from tests.server.live import ENGINE, Live, serving, wait_until
 
+from loquetier.config import EngineConfig
 from loquetier.runtime import Runtime
 from loquetier.server.auth import KeyRing
 from loquetier.server.store.store import open_store
@@ -36,11 +37,16 @@ def jsonl(records: list[dict[str, Any]]) -> bytes:
 
 @contextmanager
 def tuned(
-    base: Path, data: Path, keys: KeyRing | None = None, key: str | None = None, **settings: Any
+    base: Path,
+    data: Path,
+    keys: KeyRing | None = None,
+    key: str | None = None,
+    engine: EngineConfig = ENGINE,
+    **settings: Any,
 ) -> Iterator[Live]:
     """A server over `data`; everything is closed in order at the end."""
     store = open_store(data)
-    runtime = Runtime(str(base), config=ENGINE)
+    runtime = Runtime(str(base), config=engine)
     store.bind(runtime.base_name, runtime.base_fingerprint)
     with serving(runtime, keys, key, store=store, **settings) as live:
         wait_until(lambda: live.http("GET", "/ready").status_code == 200, "the server is ready")

@@ -123,6 +123,21 @@ def test_list_asks_for_pages_until_it_has_enough(server: Script, capsys: pytest.
     assert [j["id"] for j in json.loads(capsys.readouterr().out)] == ["ftjob-6"]
 
 
+def test_no_id_is_cut_off_in_a_narrow_terminal(
+    server: Script, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    long, model = "ftjob-" + "a" * 24, "ft:smollm2-135m:local:" + "b" * 40 + ":cccccccc"
+    server.answers["GET /v1/fine_tuning/jobs"] = page(job(id=long, fine_tuned_model=model))
+    server.answers[f"GET {PATH}"] = job(id=long, fine_tuned_model=model)
+    server.answers["GET /v1/lora_adapters"] = {"data": [{"id": f"{model}@1", "lora_name": model, "version": 1}]}
+    for command in (("jobs", "list"), ("jobs", "show", JOB), ("adapters", "list")):
+        assert run(server, *command) == 0
+        out = capsys.readouterr().out
+        assert model in out and (command[0] == "adapters" or long in out), out
+        assert all(line == line.rstrip() for line in out.splitlines())
+
+
 def test_show_tells_what_there_is_and_no_escape_codes(server: Script, capsys: pytest.CaptureFixture[str]) -> None:
     server.answers[f"GET {PATH}"] = job("failed", error={"code": "c", "message": "\x1b[31mred"}, metadata={})
     assert run(server, "jobs", "show", JOB) == 0

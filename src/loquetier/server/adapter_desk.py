@@ -132,7 +132,15 @@ def jailed(path: str, root: Path | None) -> Path:
     Raises:
         ApiError: 404, the same for what is outside and for what is not there.
     """
-    if root is None or not path or len(path) > _MAX_PATH or "\0" in path:
+    if root is None:
+        raise ApiError(
+            404,
+            "Loading lora failed: this server was started without --adapter-root DIR, so it reads no directory.",
+            kind="NotFoundError",
+            code="adapter_not_found",
+            param="lora_path",
+        )
+    if not path or len(path) > _MAX_PATH or "\0" in path:
         raise not_on_disk(path)
     base = Path(os.path.realpath(root))
     found = Path(os.path.realpath(base / path))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import msgspec
 from pydantic import BaseModel, ValidationError
@@ -94,22 +94,37 @@ def parse_model(value: dict[str, Any], kind: type[M]) -> M:
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        raise from_validation(error) from error
+        raise from_validation(error, kind) from error
 
 
-def from_validation(error: ValidationError) -> ApiError:
-    """The first problem as 400; `param` is its place, as ``messages[0].content``."""
-    first = error.errors(include_url=False, include_input=False)[0]
+def from_validation(error: ValidationError, kind: type[BaseModel]) -> ApiError:
+    """The first problem as 400; `param` is its place in `kind`, as ``messages[0].content``."""
+    problems = error.errors(include_url=False, include_input=False)
+    # Of a union ("auto" or a number) every member complains: the last one is the most general.
+    first = next((p for p in problems if p["type"] != "literal_error"), problems[0])
     param = ""
     for part in first["loc"]:
         if isinstance(part, int):
             param += f"[{part}]"
         elif not part[:1].isupper() and "[" not in part and part not in _UNION_TAGS:
             param += f".{part}" if param else part
-    return bad(f"{param or 'body'}: {first['msg']}"[:1000], param[:120] or None, "invalid_value")
+    message = first["msg"]
+    if first["type"] == "extra_forbidden":
+        message = f"there is no such setting; there are {', '.join(_fields(kind, first['loc'][:-1]))}"
+    return bad(f"{param or 'body'}: {message}"[:1000], param[:120] or None, "invalid_value")
 
 
-_UNION_TAGS = frozenset({"str", "int", "float", "bool", "tuple", "list", "constrained-str"})
+def _fields(kind: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
+    """Names of the object that lies at `place` in `kind`."""
+    for part in place:
+        annotation = kind.model_fields[str(part)].annotation
+        kind = next(k for k in (annotation, *get_args(annotation)) if isinstance(k, type) and issubclass(k, BaseModel))
+    return list(kind.model_fields)
+
+
+_UNION_TAGS = frozenset(
+    {"str", "int", "float", "bool", "tuple", "list", "constrained-str", "constrained-int", "constrained-float"}
+)
 """Names of a union's members, which pydantic puts into the place."""
 
 __all__ = ["ClientDisconnect", "from_validation", "parse_json", "parse_model", "read_json", "read_model"]

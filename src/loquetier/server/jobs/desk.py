@@ -14,10 +14,7 @@ import structlog
 
 from loquetier.adapters.registry import check_name
 from loquetier.adapters.spec import resolve_modules
-from loquetier.errors import (
-    AdapterError,
-    ConfigError,
-)
+from loquetier.errors import AdapterError, ConfigError, ServeOnlyError
 from loquetier.server.auth import Principal
 from loquetier.server.file_check import CHECKED_PURPOSE
 from loquetier.server.file_desk import no_such_file
@@ -81,6 +78,8 @@ class JobDesk:
 
     def _new(self, who: Principal, body: CreateJob) -> JobRow:
         base = self.running.runtime.base_name
+        if self.running.runtime.config.serve_only:
+            raise bad("this server was started with --serve-only and cannot train", code=ServeOnlyError.code)
         if body.model != base:
             if self.store.adapters.find(body.model) is not None:
                 raise bad(f"only the base {base!r} can be fine-tuned over HTTP", "model", "invalid_value")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import structlog
 
-from loquetier.errors import DataError, EngineError, EngineStoppedError, JobStateError, LoquetierError
+from loquetier.errors import DataError, EngineError, EngineStoppedError, JobStateError, LoquetierError, ServeOnlyError
 from loquetier.finetuning import FinetuneHandle
 from loquetier.runtime import Runtime
 from loquetier.server.file_check import FileChecker
@@ -25,6 +25,8 @@ from loquetier.server.store.store import Store
 from loquetier.training.job import JobStatus
 
 log = structlog.get_logger("loquetier.server.jobs")
+
+SERVE_ONLY = "this server cannot train: it was started with --serve-only; the job goes on under one without it"
 
 
 @dataclass(slots=True)
@@ -65,6 +67,11 @@ class RunningJobs:
             self._start(job, is_restart)
         except (ClosingError, EngineStoppedError):
             log.warning("job_waits_for_the_next_start", job=job_id)
+        except ServeOnlyError as error:  # of an earlier life, which could train: that is no reason to end it
+            log.warning("job_waits_for_the_next_start", job=job_id, problem=str(error))
+            with suppress(ClosingError):
+                self.patience.write(lambda c: self.store.jobs.update(c, job_id, status="queued", reason=SERVE_ONLY))
+            self.bell.ring(job_id)
         except Exception as error:
             typed = error if isinstance(error, LoquetierError) else EngineError(f"{type(error).__name__}: {error}")
             log.warning("job_cannot_start", job=job_id, problem=str(error))

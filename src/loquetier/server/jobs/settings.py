@@ -11,7 +11,7 @@ from loquetier.adapters.spec import LoraSpec
 from loquetier.config import TrainingConfig
 from loquetier.errors import ConfigError
 from loquetier.server.problems import bad, unsupported
-from loquetier.server.schemas.jobs import CreateJob, Hyperparameters
+from loquetier.server.schemas.jobs import CreateJob, Hyperparameters, LoraOptions, TrainingOptions
 
 BASE_RATE: Final = 2e-4
 """Learning rate at a multiplier of 1."""
@@ -39,6 +39,10 @@ def asked(body: CreateJob) -> dict[str, Any]:
     Raises:
         ApiError: 400 with the field for what is refused or contradicts itself.
     """
+    for name in body.model_extra or {}:  # a setting one level too high would be ignored without a word
+        for where, options in (("lora", LoraOptions), ("training", TrainingOptions)):
+            if name in options.model_fields:
+                raise bad(f"{name} belongs into {where!r}, as {where}.{name}", name, "invalid_value")
     if body.integrations:
         raise unsupported("integrations", "; events, metrics and the result file have the same numbers")
     if body.method is not None and body.method.type != "supervised":
