@@ -14,11 +14,38 @@ from tests.make_believe import DEVICE, Accelerator
 from tests.parity.helpers import Answer, ask, make_engine
 from tests.parity.training_helpers import random_examples
 from tests.tiny import tiny_model
+from torch import Tensor
 
 from loquetier.adapters.spec import LoraSpec, resolve_modules
+from loquetier.base.fuse import fused_stack
 from loquetier.config import TrainingConfig
 from loquetier.engine.engine import Engine
 from loquetier.kernels import transfer
+
+
+class PlainRows:
+    """`rowops.RowKernels` in plain torch: Triton's cannot run here, but all that is around them can."""
+
+    def rms_norm(self, x_MD: Tensor, weight_D: Tensor, epsilon: float, y_MD: Tensor, delta_MD: Tensor | None) -> None:
+        if delta_MD is not None:
+            x_MD.add_(delta_MD)
+        y_MD.copy_(weight_D * (x_MD * (x_MD.square().mean(-1, keepdim=True) + epsilon).rsqrt()))
+
+    def head_norm(self, x_MN: Tensor, first: int, heads: int, weight_D: Tensor, epsilon: float) -> None:
+        raise AssertionError("a llama has none")
+
+    def rotary_and_write(
+        self, x_MN: Tensor, cos_MD: Tensor, sin_MD: Tensor, heads: int, kv_heads: int, to: tuple[Tensor, ...] | None
+    ) -> bool:
+        dim = cos_MD.shape[1]
+        x_MHD = x_MN[:, : (heads + kv_heads) * dim].view(len(x_MN), heads + kv_heads, dim)
+        turned_MHD = torch.cat([-x_MHD[..., dim // 2 :], x_MHD[..., : dim // 2]], dim=-1)
+        x_MHD.copy_(x_MHD * cos_MD[:, None] + turned_MHD * sin_MD[:, None])
+        return False
+
+    def swiglu(self, gate_up_MN: Tensor, y_MK: Tensor) -> None:
+        gate_MK, up_MK = gate_up_MN.chunk(2, dim=-1)
+        y_MK.copy_(torch.nn.functional.silu(gate_MK) * up_MK)
 
 
 def serve_and_train(engine: Engine, after_step: Any) -> dict[str, Any]:
@@ -72,6 +99,9 @@ def report_of(tape: str) -> dict[str, Any]:
     expected = serve_and_train(make_engine(model, **settings), step)
     with Accelerator() as accelerator:
         engine = make_engine(model.to(DEVICE), async_scheduling=True, **settings)
+        base = engine.base
+        if tape == "graph":  # the other tape's engine serves with the model's own code
+            base.fused = fused_stack(base.loaded.model, base._stack, base._layers, PlainRows(), base._during)
         accelerator.waits.clear()
         copies: list[int] = []
 
@@ -84,6 +114,7 @@ def report_of(tape: str) -> dict[str, Any]:
         found = serve_and_train(engine, watched)
         report = {"expected": expected, "found": found, "waits": accelerator.waits, "mixed": accelerator.mixed}
         report["copies_per_decode_step"] = copies
+        report["fused"] = base.fused is not None
         report["kv_device"] = engine.cache.keys[0].device.type
         engine.arena.flat(next(iter(engine.arena.slots))) + torch.zeros(2)[:1]  # must be noticed
         report["noticed"] = accelerator.mixed[-1:]

@@ -50,6 +50,10 @@ def test_the_device_computes_what_the_cpu_does(report: dict[str, Any]) -> None:
     assert len(report["found"]["losses"]) >= 3
 
 
+def test_served_rows_run_fused_and_as_the_models_own_code(reports: dict[str, Any]) -> None:
+    assert {tape: found["fused"] for tape, found in reports.items()} == {"graph": True, "replay": False}
+
+
 def test_no_operation_mixes_devices(report: dict[str, Any]) -> None:
     assert report["mixed"] == report["noticed"], "only the one that the program makes on purpose"
     assert len(report["noticed"]) == 1

@@ -165,14 +165,14 @@ def test_best_without_room_to_publish_fails_the_job_only(monkeypatch: pytest.Mon
         other = start(engine, "other", SPEC, CONFIG, DATA)
         job = start(engine, "job", SPEC, replace(EVERY, publish="best"), DATA, eval_examples=EVALS)
         watch(engine, job)
-        publish = type(engine.jobs)._publish
+        publish = type(engine.jobs.publisher).publish
 
-        def full(jobs: Any, which: FinetuneJob) -> None:
+        def full(publisher: Any, which: FinetuneJob) -> None:
             if which is job:
                 raise OutOfAdapterMemoryError("full")
-            publish(jobs, which)
+            publish(publisher, which)
 
-        monkeypatch.setattr(type(engine.jobs), "_publish", full)
+        monkeypatch.setattr(type(engine.jobs.publisher), "publish", full)
         run(engine)
         assert job.status is JobStatus.FAILED and isinstance(job.error, OutOfAdapterMemoryError)
         assert other.status is JobStatus.SUCCEEDED

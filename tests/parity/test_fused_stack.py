@@ -23,6 +23,7 @@ from tests.parity.helpers import (
 from tests.tiny import FAMILIES, tiny_model
 from torch import Tensor, nn
 
+from loquetier.base.context import StepContext
 from loquetier.engine.engine import Engine
 from loquetier.kernels.gemm import NO_KERNEL, GemmKernel
 from loquetier.kernels.select import process_kernels
@@ -52,6 +53,15 @@ def test_float32_runs_the_models_own_code(new_engine: EngineFactory) -> None:
     """Rows that are trained and rows that are served then agree to the bit."""
     base = new_engine(tiny_model("llama")).base
     assert base.packed_bytes == 0 and base.fused is None and base.decode_stack is None
+
+
+@needs_gemm
+def test_rows_that_go_to_no_cache_are_not_for_the_c_stack(new_engine: EngineFactory) -> None:
+    """EVAL rows stand before those that are served."""
+    engine = new_engine(tiny_model("llama").bfloat16())
+    stack = engine.base.decode_stack
+    assert stack is not None and stack.takes(StepContext(num_rows=3, cache=engine.cache, cache_start=0))
+    assert not stack.takes(StepContext(num_rows=3, cache=engine.cache, cache_start=1))
 
 
 @needs_gemm

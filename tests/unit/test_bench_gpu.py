@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,11 @@ from typing import Any
 import pytest
 
 import loquetier.bench.gpu.__main__ as script
+from loquetier.bench.gpu import numerics
 from loquetier.bench.gpu.sections import SECTIONS, TARGETS, Section
 from loquetier.bench.gpu.shapes import LLAMA_3_8B, TINY
+from loquetier.errors import EngineError
+from loquetier.kernels import triton_load, varlen
 
 NOT_THERE = ("fastapi", "uvicorn", "typer", "rich", "msgspec", "structlog", "llguidance", "gguf", "prometheus_client")
 """What a bare GPU machine lacks of what the package depends on."""
@@ -26,6 +30,20 @@ def test_every_section_gives_a_result(section: Section) -> None:
         if target.section == section.name:
             value = target.judged({section.name: {"result": result}})["value"]
             assert isinstance(value, float) and value > 0, f"{target.measure}: nothing at {target.path}"
+
+
+def test_a_kernel_that_fails_its_check_is_a_failed_section(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain torch runs in its place, and every figure would be of something else."""
+    monkeypatch.setattr(triton_load, "why_not", lambda environ, device_type: None)
+    monkeypatch.setattr(triton_load, "describe", lambda device: "a stand-in")
+    monkeypatch.setattr(varlen, "why_not", lambda device: None)
+    checks: dict[str, Any] = {"smlm_forward": lambda device: None, "row_ops": lambda device: "off by 0.5"}
+    monkeypatch.setattr(triton_load, "checks", lambda: checks)
+    on_gpu = dataclasses.replace(TINY, device="cuda")
+    with pytest.raises(EngineError, match=r"row_ops: .*off by 0\.5"):
+        numerics.kernels(on_gpu)
+    checks["row_ops"] = checks["smlm_forward"]
+    assert numerics.kernels(on_gpu)["row_ops"]["backend"] == "triton"
 
 
 def test_a_run_writes_one_file_and_needs_no_web_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.native import native_library
 
 from loquetier.errors import ConfigError
 from loquetier.kernels import build, select, triton_load
@@ -125,6 +126,7 @@ def test_a_kernel_that_fails_its_check_is_refused(
     kernels = choose_kernels(dict(os.environ) | {"LOQUETIER_KERNELS": "auto"})
     assert kernels.native(KERNELS[0]) is None and kernels.native(KERNELS[1]) is kernels.library
     assert "off by 0.5" in kernels.choices[KERNELS[0]].reason
+    assert [kernels.choices[k].fault for k in KERNELS[:3]] == ["off by 0.5", None, None]
     assert any(r.levelno == logging.ERROR and KERNELS[0] in r.getMessage() for r in caplog.records)
     with pytest.raises(ConfigError, match=r"off by 0\.5"):
         choose_kernels(dict(os.environ) | {"LOQUETIER_KERNELS": "cpu"})
@@ -136,6 +138,15 @@ def test_every_kernel_of_this_machine_passes_its_check(cache: Path) -> None:
     for kernel, check in select.CHECKS.items():
         assert kernel in KERNELS
         assert check(library) is None
+
+
+@needs_compiler
+def test_what_a_machine_lacks_instructions_for_is_not_said_to_run() -> None:
+    with native_library("generic") as library:
+        for kernel, needs in (("base_gemm", "AVX512_BF16"), ("smlm_long", "AMX")):
+            choice = select._checked(kernel, library, "in C", forced=True)
+            assert choice.backend == "reference" and needs in choice.reason and choice.fault is None
+        assert select._checked("row_ops", library, "in C", forced=True).backend == "cpu"
 
 
 @needs_compiler
@@ -182,7 +193,9 @@ def test_a_triton_kernel_that_fails_its_check_is_refused(
     assert kernels.in_triton("smlm_forward") and kernels.choices["smlm_forward"].reason == "a stand-in"
     for kernel, why in (("smlm_backward", "off by 0.5"), ("row_ops", "RuntimeError: no such instruction")):
         assert not kernels.in_triton(kernel) and why in kernels.choices[kernel].reason
+        assert why in (kernels.choices[kernel].fault or "")
         assert any(r.levelno == logging.ERROR and why in r.getMessage() for r in caplog.records)
     assert kernels.choices["decode_attention"].reason.endswith("no Triton kernel for it")
+    assert kernels.choices["decode_attention"].fault is None
     with pytest.raises(ConfigError, match=r"LOQUETIER_KERNELS=triton: .*no such instruction"):
         choose_kernels({"LOQUETIER_KERNELS": "triton"}, "cuda")

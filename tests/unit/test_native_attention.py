@@ -185,4 +185,5 @@ def test_what_c_cannot_take_runs_on_the_reference() -> None:
     assert torch.equal(out, case.expected(0.4, MaskRule()))
     assert not NativeDecode.takes(case.q_NHD.bfloat16(), case.k)
     assert not NativeDecode.takes(torch.zeros(1, 65, 8), torch.zeros(2, 4, 1, 8))
+    assert not NativeDecode.takes(torch.zeros(1, 2, 16)[..., ::2], torch.zeros(2, 4, 1, 8)), "gaps in a head"
     assert not NativeDecode.takes(torch.zeros(1, 64, 256), torch.zeros(2, 4, 1, 256))

@@ -130,4 +130,5 @@ def test_a_nan_key_breaks_the_rows_that_see_it(prefill: NativePrefill) -> None:
 def test_heads_beyond_the_work_space_are_not_taken() -> None:
     assert not NativePrefill.takes(torch.zeros(1, 2, 257), torch.zeros(2, 4, 1, 257))
     assert not NativePrefill.takes(torch.zeros(1, 2, 8).double(), torch.zeros(2, 4, 1, 8).double())
+    assert not NativePrefill.takes(torch.zeros(1, 2, 16)[..., ::2], torch.zeros(2, 4, 1, 8)), "gaps in a head"
     assert not NativePrefill.takes(torch.zeros(1, 2, 8).bfloat16(), torch.zeros(2, 4, 1, 8))

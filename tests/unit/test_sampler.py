@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from loquetier.config import SamplingParams
-from loquetier.engine import sampler
+from loquetier.engine import columns, drawing, sampler
 from loquetier.engine.drawing import draw, kept_mass
 from loquetier.engine.logprobs import MIN_LOGPROB, prompt_logprobs
 from loquetier.engine.sampler import SampledTokens, SamplerState, new_state, sample
@@ -133,9 +133,9 @@ def test_large_vocabulary_and_many_rows_cross_the_chunk_border(monkeypatch: pyte
     several = [{}, {"top_p": 0.3}, {"top_p": 0.999}, {"top_k": 50, "top_p": 0.9}, {"top_k": 1500}, {"min_p": 0.1}, {}]
     states = [state(SamplingParams(**options, **more), vocab=5000) for more in several]
     whole = [sample(x, states, [step] * 7) for step in range(20)]
-    monkeypatch.setattr(sampler, "_CHUNK_ELEMENTS", 10_000)  # two rows a chunk
+    monkeypatch.setattr(columns, "_CHUNK_ELEMENTS", 10_000)  # two rows a chunk
     assert [sample(x, states, [step] * 7) for step in range(20)] == whole
-    monkeypatch.setattr(sampler, "_TOP_P_WIDTH", 5000)  # sort everything at once
+    monkeypatch.setattr(drawing, "_TOP_P_WIDTH", 5000)  # sort everything at once
     assert [sample(x, states, [step] * 7) for step in range(20)] == whole
 
 
@@ -482,7 +482,7 @@ def test_prompt_logprobs_match_log_softmax(monkeypatch: pytest.MonkeyPatch) -> N
     raw = probabilities(x, torch.arange(V).expand(len(x), V)).logprobs_NK
     torch.testing.assert_close(raw.double(), torch.log_softmax(x.double(), dim=-1), rtol=0.0, atol=2e-6)
     for chunk in (1 << 22, 2 * V):
-        monkeypatch.setattr(sampler, "_CHUNK_ELEMENTS", chunk)
+        monkeypatch.setattr(columns, "_CHUNK_ELEMENTS", chunk)
         for i, entry in enumerate(prompt_logprobs(x, tokens, 3)):
             assert list(entry) == [tokens[i], *raw[i].topk(3).indices.tolist()]
             assert all(value == raw[i, token].item() for token, value in entry.items())

@@ -88,7 +88,10 @@ class FusedStack:
         return out
 
     def angles(self, hidden_MD: Tensor, positions_M: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of the rows' positions, ``[M, head_dim]`` each: rows of tables that the model's own code made."""
+        """cos and sin of the rows' positions, ``[M, head_dim]`` each, by the model's own code (CPU: from tables)."""
+        if positions_M.device.type != "cpu":  # asking for the largest would wait for the device, and cannot be captured
+            cos_1MD, sin_1MD = self._rotary(hidden_MD[None], position_ids=positions_M[None])
+            return cos_1MD[0], sin_1MD[0]
         most = int(positions_M.max())
         if most >= len(self._cosines) or self._cosines.dtype != hidden_MD.dtype:
             count = -(-(most + 1) // _ANGLE_BLOCK) * _ANGLE_BLOCK

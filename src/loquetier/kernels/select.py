@@ -17,6 +17,7 @@ import torch
 from loquetier.errors import ConfigError
 from loquetier.kernels import selfcheck, selfcheck_base, selfcheck_train, triton_load, varlen
 from loquetier.kernels.build import BuildError, built_library
+from loquetier.kernels.gemm import AMX, NO_KERNEL, GemmKernel
 from loquetier.kernels.native import NativeLibrary
 
 log = logging.getLogger("loquetier.kernels")
@@ -39,6 +40,8 @@ class KernelChoice:
 
     backend: str
     reason: str
+    fault: str | None = None
+    """Of a kernel that would run here, and does not because its self-check found this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,7 @@ def _packed(device: torch.device) -> KernelChoice:
         return KernelChoice("packed", f"torch {torch.__version__}, flash attention over packed sequences")
     if device.type != "cpu":
         log.warning("train rows attend a sequence at a time: %s", fault)
-    return KernelChoice("reference", f"plain torch: {fault}")
+    return KernelChoice("reference", f"plain torch: {fault}", None if varlen.is_absent(device) else fault)
 
 
 def _checked_triton(
@@ -117,7 +120,7 @@ def _checked_triton(
     if forced:
         raise ConfigError(f"{VARIABLE}=triton: {message}; unset {VARIABLE} to run plain torch, and report this")
     log.error("%s; plain torch runs instead", message)
-    return KernelChoice("reference", f"plain torch: {message}")
+    return KernelChoice("reference", f"plain torch: {message}", fault)
 
 
 def _native(environ: Mapping[str, str], wanted: str) -> Kernels:
@@ -146,12 +149,21 @@ def _checked(kernel: str, library: NativeLibrary, reason: str, *, forced: bool) 
         return KernelChoice("reference", "plain torch: this version has no C kernel for it")
     fault = check(library)
     if fault is None:
-        return KernelChoice("cpu", reason)
+        missing = _missing(kernel, library)
+        return KernelChoice("cpu", reason) if missing is None else KernelChoice("reference", f"plain torch: {missing}")
     message = f"the C kernel {kernel} ({library.isa}) disagrees with the reference: {fault}"
     if forced:
         raise ConfigError(f"{VARIABLE}=cpu: {message}; unset {VARIABLE} to run plain torch, and report this")
     log.error("%s; plain torch runs instead", message)
-    return KernelChoice("reference", f"plain torch: {message}")
+    return KernelChoice("reference", f"plain torch: {message}", fault)
+
+
+def _missing(kernel: str, library: NativeLibrary) -> str | None:
+    """Why this machine cannot run a C kernel that there is for some instruction sets only."""
+    level = GemmKernel(library).level
+    if kernel == "base_gemm" and level == NO_KERNEL:
+        return "its C kernel needs AVX512_BF16 or AMX"
+    return "its C kernel needs AMX" if kernel == "smlm_long" and level < AMX else None
 
 
 @cache

@@ -95,6 +95,11 @@ def of_this_torch() -> Varlen | None:
     return adapted(varlen_attn)
 
 
+def is_absent(device: torch.device) -> bool:
+    """Whether there is nothing to check: no GPU, or a torch without packed attention."""
+    return device.type != "cuda" or of_this_torch() is None
+
+
 def why_not(device: torch.device) -> str | None:
     """Why packed attention cannot run on this device, or disagrees with SDPA there; None when it may run."""
     if device.type != "cuda":

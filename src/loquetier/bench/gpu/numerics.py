@@ -35,7 +35,7 @@ def kernels(shape: Shape) -> dict[str, Any]:
     device = torch.device(shape.device).type
     choices = choose_kernels(os.environ, device).choices
     found = {name: {"backend": c.backend, "reason": c.reason} for name, c in choices.items()}
-    wrong = [f"{name}: {c.reason}" for name, c in choices.items() if "disagrees" in c.reason]
+    wrong = [f"{name}: {c.reason}" for name, c in choices.items() if c.fault is not None]
     if device == "cuda" and not any(c.backend == "triton" for c in choices.values()):
         wrong.append("no kernel runs in Triton")
     if wrong:
