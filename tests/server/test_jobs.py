@@ -394,7 +394,8 @@ def test_a_model_in_training_is_not_deleted(live: Live, client: openai.OpenAI, f
     assert caught.value.response.headers["x-should-retry"] == "false"
 
 
-def test_row_52_an_idempotency_key_makes_one_job(live: Live, client: openai.OpenAI, file: FileObject) -> None:
+def test_row_52_an_idempotency_key_makes_one_job(live: Live, client: openai.OpenAI) -> None:
+    file = upload(client)  # its own: it is deleted at the end
     made: list[str] = []
 
     def ask() -> None:
