@@ -17,6 +17,7 @@ from loquetier.kernels import native_smlm, reference, smlm
 from loquetier.kernels.native import ISA_NAMES, NativeLibrary
 from loquetier.kernels.native_smlm import NativeSmlm, backward_rows, forward_rows, usable_matrix
 from loquetier.kernels.reference import Factors, FactorTable, Segment
+from loquetier.kernels.select import process_kernels
 from loquetier.kernels.smlm import SmlmPlans
 
 MODULE = 3
@@ -194,6 +195,7 @@ def test_what_is_not_finite_stays_in_its_row(library: NativeLibrary, bad: float)
 def test_long_segments_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the sum of both halves is the whole."""
     case = Case([3, 40, 2], [4, 8, 4])
+    process_kernels("cpu")  # checked on first use: under the bounds below the check would fail, for the whole process
     monkeypatch.setattr(native_smlm, "LONG_FORWARD", 4 * 8)
     monkeypatch.setattr(native_smlm, "LONG_BACKWARD", 4 * 8)
     rows = forward_rows(MODULE, case.segments, case.table)
