@@ -40,34 +40,8 @@ typedef struct {
     int64_t at[CHUNK]; /* where each token's K and V begin, in elements */
 } Work;
 
-#define LQ_SUFFIX generic
-#define LQ_WIDTH 4
-#define LQ_ACROSS_VECTORS 2
-#define LQ_TARGET
-#include "attention_kernel.h"
-#undef LQ_SUFFIX
-#undef LQ_WIDTH
-#undef LQ_TARGET
-
-#if LQ_X86
-#define LQ_SUFFIX avx2
-#define LQ_WIDTH 8
-#define LQ_TARGET LQ_TARGET_AVX2
-#include "attention_kernel.h"
-#undef LQ_SUFFIX
-#undef LQ_WIDTH
-#undef LQ_TARGET
-#undef LQ_ACROSS_VECTORS
-
-#define LQ_SUFFIX avx512
-#define LQ_WIDTH 16
-#define LQ_ACROSS_VECTORS 4
-#define LQ_TARGET LQ_TARGET_AVX512
-#include "attention_kernel.h"
-#undef LQ_SUFFIX
-#undef LQ_WIDTH
-#undef LQ_TARGET
-#endif
+#define LQ_TEMPLATE "attention_kernel.h"
+#include "variants.h"
 
 static int64_t first_visible(const Attention *a, int64_t sequence) {
     int64_t first = a->positions[sequence] + 1 - a->window;

@@ -2,6 +2,7 @@
 #include "vec.h"
 #include "vec_math.h"
 
+#define LQ_ACROSS_VECTORS (LQ_WIDTH == 16 ? 4 : 2)
 #define load LQ_NAME(lq_load)
 #define store LQ_NAME(lq_store)
 
@@ -152,11 +153,4 @@ SPECIALISED(bf16, 1)
 #undef GROUPS
 #undef load
 #undef store
-#undef vf
-#undef vu
-#undef vh
-#undef LQ_JOIN2
-#undef LQ_JOIN
-#undef LQ_NAME
-#undef LQ_INLINE
-#undef LQ_CALLED
+#undef LQ_ACROSS_VECTORS

@@ -12,31 +12,8 @@ typedef struct {
     int bf16;
 } Loss;
 
-#define LQ_SUFFIX generic
-#define LQ_WIDTH 4
-#define LQ_TARGET
-#include "cross_entropy_kernel.h"
-#undef LQ_SUFFIX
-#undef LQ_WIDTH
-#undef LQ_TARGET
-
-#if LQ_X86
-#define LQ_SUFFIX avx2
-#define LQ_WIDTH 8
-#define LQ_TARGET LQ_TARGET_AVX2
-#include "cross_entropy_kernel.h"
-#undef LQ_SUFFIX
-#undef LQ_WIDTH
-#undef LQ_TARGET
-
-#define LQ_SUFFIX avx512
-#define LQ_WIDTH 16
-#define LQ_TARGET LQ_TARGET_AVX512
-#include "cross_entropy_kernel.h"
-#undef LQ_SUFFIX
-#undef LQ_WIDTH
-#undef LQ_TARGET
-#endif
+#define LQ_TEMPLATE "cross_entropy_kernel.h"
+#include "variants.h"
 
 /* Per row: nll = log(sum(e^logits)) - logits[target]; correct = 1 where the target is the first largest logit, else 0.
  * With weights (NULL: losses only) the logits become weight * (softmax - onehot). logits [rows, vocab] without gaps. */

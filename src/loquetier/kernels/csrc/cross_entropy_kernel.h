@@ -62,12 +62,3 @@ LQ_TARGET static void LQ_NAME(loss_rows)(int64_t begin, int64_t end, void *conte
         else
             LQ_NAME(loss_row)(c, row, 0);
 }
-
-#undef vf
-#undef vu
-#undef vh
-#undef LQ_JOIN2
-#undef LQ_JOIN
-#undef LQ_NAME
-#undef LQ_INLINE
-#undef LQ_CALLED

@@ -52,31 +52,8 @@ typedef struct {
     int64_t at[TOKENS];
 } Work;
 
-#define LQ_SUFFIX generic
-#define LQ_WIDTH 4
-#define LQ_TARGET
-#include "prefill_kernel.h"
-#undef LQ_SUFFIX
-#undef LQ_WIDTH
-#undef LQ_TARGET
-
-#if LQ_X86
-#define LQ_SUFFIX avx2
-#define LQ_WIDTH 8
-#define LQ_TARGET LQ_TARGET_AVX2
-#include "prefill_kernel.h"
-#undef LQ_SUFFIX
-#undef LQ_WIDTH
-#undef LQ_TARGET
-
-#define LQ_SUFFIX avx512
-#define LQ_WIDTH 16
-#define LQ_TARGET LQ_TARGET_AVX512
-#include "prefill_kernel.h"
-#undef LQ_SUFFIX
-#undef LQ_WIDTH
-#undef LQ_TARGET
-#endif
+#define LQ_TEMPLATE "prefill_kernel.h"
+#include "variants.h"
 
 typedef struct {
     const LqSpan *span;

@@ -111,11 +111,3 @@ LQ_TARGET static void LQ_NAME(rescale)(float *sums, int64_t padded, const float 
 
 #undef load
 #undef store
-#undef vf
-#undef vu
-#undef vh
-#undef LQ_JOIN2
-#undef LQ_JOIN
-#undef LQ_NAME
-#undef LQ_INLINE
-#undef LQ_CALLED

@@ -30,31 +30,8 @@ typedef struct {
 
 enum { SILU = 0, GELU_TANH = 1 };
 
-#define LQ_SUFFIX generic
-#define LQ_WIDTH 4
-#define LQ_TARGET
-#include "rowgrads_kernel.h"
-#undef LQ_SUFFIX
-#undef LQ_WIDTH
-#undef LQ_TARGET
-
-#if LQ_X86
-#define LQ_SUFFIX avx2
-#define LQ_WIDTH 8
-#define LQ_TARGET LQ_TARGET_AVX2
-#include "rowgrads_kernel.h"
-#undef LQ_SUFFIX
-#undef LQ_WIDTH
-#undef LQ_TARGET
-
-#define LQ_SUFFIX avx512
-#define LQ_WIDTH 16
-#define LQ_TARGET LQ_TARGET_AVX512
-#include "rowgrads_kernel.h"
-#undef LQ_SUFFIX
-#undef LQ_WIDTH
-#undef LQ_TARGET
-#endif
+#define LQ_TEMPLATE "rowgrads_kernel.h"
+#include "variants.h"
 
 enum { GRAIN = 16384 }; /* elements below which a second thread costs more than it saves */
 

@@ -1,27 +1,6 @@
 /* Kernels of rowgrads.c, once per ISA variant. */
-#include "vec.h"
-#include "vec_math.h"
+#include "rows_vec.h"
 
-/* What is left of a value once it has been stored in the tensor's dtype. */
-LQ_INLINE vf LQ_NAME(stored)(vf value, int bf16) {
-    if (!bf16) return value;
-    uint16_t half[LQ_WIDTH];
-    LQ_NAME(lq_store)(half, 0, value, 1);
-    return LQ_NAME(lq_load)(half, 0, 1);
-}
-
-LQ_INLINE vf LQ_NAME(take)(const void *array, int64_t at, int64_t count, int bf16) {
-    return count >= LQ_WIDTH ? LQ_NAME(lq_load)(array, at, bf16) : LQ_NAME(lq_load_part)(array, at, count, bf16);
-}
-
-LQ_INLINE void LQ_NAME(give)(void *array, int64_t at, int64_t count, vf value, int bf16) {
-    if (count >= LQ_WIDTH)
-        LQ_NAME(lq_store)(array, at, value, bf16);
-    else
-        LQ_NAME(lq_store_part)(array, at, count, value, bf16);
-}
-
-/* y = w x r with r = (mean(x^2) + epsilon)^-1/2, so dx = r w dy - x r^3 mean(w dy x). */
 LQ_INLINE void LQ_NAME(norm_grad)(const NormGrad *n, int64_t x, int64_t dy, int64_t dx, int64_t y, int bf16) {
     vf squares = {0}, dots = {0};
     for (int64_t i = 0; i < n->dim; i += LQ_WIDTH) {
@@ -112,12 +91,3 @@ LQ_TARGET static void LQ_NAME(gated_grads)(int64_t begin, int64_t end, void *con
         else
             LQ_NAME(gated_row)(g, row, 0);
 }
-
-#undef vf
-#undef vu
-#undef vh
-#undef LQ_JOIN2
-#undef LQ_JOIN
-#undef LQ_NAME
-#undef LQ_INLINE
-#undef LQ_CALLED

@@ -29,31 +29,8 @@ typedef struct {
     int bf16;
 } Swiglu;
 
-#define LQ_SUFFIX generic
-#define LQ_WIDTH 4
-#define LQ_TARGET
-#include "rowops_kernel.h"
-#undef LQ_SUFFIX
-#undef LQ_WIDTH
-#undef LQ_TARGET
-
-#if LQ_X86
-#define LQ_SUFFIX avx2
-#define LQ_WIDTH 8
-#define LQ_TARGET LQ_TARGET_AVX2
-#include "rowops_kernel.h"
-#undef LQ_SUFFIX
-#undef LQ_WIDTH
-#undef LQ_TARGET
-
-#define LQ_SUFFIX avx512
-#define LQ_WIDTH 16
-#define LQ_TARGET LQ_TARGET_AVX512
-#include "rowops_kernel.h"
-#undef LQ_SUFFIX
-#undef LQ_WIDTH
-#undef LQ_TARGET
-#endif
+#define LQ_TEMPLATE "rowops_kernel.h"
+#include "variants.h"
 
 /* Elements below which a second thread costs more than it saves. */
 enum { GRAIN = 32768 };

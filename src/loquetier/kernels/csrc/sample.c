@@ -33,31 +33,8 @@ typedef struct {
     int bf16;
 } Drawing;
 
-#define LQ_SUFFIX generic
-#define LQ_WIDTH 4
-#define LQ_TARGET
-#include "sample_kernel.h"
-#undef LQ_SUFFIX
-#undef LQ_WIDTH
-#undef LQ_TARGET
-
-#if LQ_X86
-#define LQ_SUFFIX avx2
-#define LQ_WIDTH 8
-#define LQ_TARGET LQ_TARGET_AVX2
-#include "sample_kernel.h"
-#undef LQ_SUFFIX
-#undef LQ_WIDTH
-#undef LQ_TARGET
-
-#define LQ_SUFFIX avx512
-#define LQ_WIDTH 16
-#define LQ_TARGET LQ_TARGET_AVX512
-#include "sample_kernel.h"
-#undef LQ_SUFFIX
-#undef LQ_WIDTH
-#undef LQ_TARGET
-#endif
+#define LQ_TEMPLATE "sample_kernel.h"
+#include "variants.h"
 
 /* ids [rows]: the first of the largest logits; best [rows]: its value, NaN when the row has one. */
 LQ_EXPORT void lq_argmax(const void *logits, int64_t rows, int64_t vocab, int64_t stride, float *best, int64_t *ids,

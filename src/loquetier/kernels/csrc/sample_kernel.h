@@ -76,12 +76,3 @@ LQ_TARGET static float LQ_NAME(exp_any)(const void *x, int64_t at, int64_t size,
     return bf16 ? LQ_NAME(exp_row)(x, at, size, 1, best, temperature, below, e)
                 : LQ_NAME(exp_row)(x, at, size, 0, best, temperature, below, e);
 }
-
-#undef vf
-#undef vu
-#undef vh
-#undef LQ_JOIN2
-#undef LQ_JOIN
-#undef LQ_NAME
-#undef LQ_INLINE
-#undef LQ_CALLED

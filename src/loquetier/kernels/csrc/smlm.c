@@ -25,37 +25,8 @@ typedef struct {
     Segment *segments;
 } Call;
 
-#define LQ_SUFFIX generic
-#define LQ_WIDTH 4
-#define LQ_ROWS 2
-#define LQ_STRIP 8
-#define LQ_TARGET
-#include "smlm_kernel.h"
-#undef LQ_SUFFIX
-#undef LQ_WIDTH
-#undef LQ_TARGET
-
-#if LQ_X86
-#define LQ_SUFFIX avx2
-#define LQ_WIDTH 8
-#define LQ_TARGET LQ_TARGET_AVX2
-#include "smlm_kernel.h"
-#undef LQ_SUFFIX
-#undef LQ_WIDTH
-#undef LQ_TARGET
-#undef LQ_ROWS
-#undef LQ_STRIP
-
-#define LQ_SUFFIX avx512
-#define LQ_WIDTH 16
-#define LQ_ROWS 4
-#define LQ_STRIP 16
-#define LQ_TARGET LQ_TARGET_AVX512
-#include "smlm_kernel.h"
-#undef LQ_SUFFIX
-#undef LQ_WIDTH
-#undef LQ_TARGET
-#endif
+#define LQ_TEMPLATE "smlm_kernel.h"
+#include "variants.h"
 
 enum {
     BLOCK_ROWS = 16,      /* rows that share one reading of A and B from the second-level cache */

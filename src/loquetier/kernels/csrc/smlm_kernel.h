@@ -4,6 +4,15 @@
  * depend on its neighbours or on the number of threads. */
 #include "vec.h"
 
+/* LQ_ROWS x 4 sums and their operands fill the registers; of one row, LQ_STRIP vectors of columns do. */
+#if LQ_WIDTH == 16
+#define LQ_ROWS 4
+#define LQ_STRIP 16
+#else
+#define LQ_ROWS 2
+#define LQ_STRIP 8
+#endif
+
 #define load LQ_NAME(lq_load)
 #define store LQ_NAME(lq_store)
 #define ELEMENT(array, at, bf16) ((const char *)(array) + (at) * ((bf16) ? 2 : 4))
@@ -235,11 +244,5 @@ static void LQ_NAME(wgrad_columns)(const Call *a, const Segment *g, int of_b, in
 #undef HALF_LINE
 #undef load
 #undef store
-#undef vf
-#undef vu
-#undef vh
-#undef LQ_JOIN2
-#undef LQ_JOIN
-#undef LQ_NAME
-#undef LQ_INLINE
-#undef LQ_CALLED
+#undef LQ_ROWS
+#undef LQ_STRIP

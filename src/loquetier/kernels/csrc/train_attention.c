@@ -48,40 +48,19 @@ static int64_t round_up(int64_t size, int64_t unit) { return (size + unit - 1) /
 
 #define LQ_AMX 0
 #define OPERAND float
-#define LQ_SUFFIX generic
-#define LQ_WIDTH 4
-#define LQ_TARGET
-#include "train_attention_kernel.h"
-#undef LQ_SUFFIX
-#undef LQ_WIDTH
-#undef LQ_TARGET
-
-#if LQ_X86
-#define LQ_SUFFIX avx2
-#define LQ_WIDTH 8
-#define LQ_TARGET LQ_TARGET_AVX2
-#include "train_attention_kernel.h"
-#undef LQ_SUFFIX
-#undef LQ_WIDTH
-#undef LQ_TARGET
-
-#define LQ_SUFFIX avx512
-#define LQ_WIDTH 16
-#define LQ_TARGET LQ_TARGET_AVX512
-#include "train_attention_kernel.h"
-#undef LQ_SUFFIX
-#undef LQ_TARGET
+#define LQ_TEMPLATE "train_attention_kernel.h"
+#include "variants.h"
 #undef LQ_AMX
 #undef OPERAND
 
+#if LQ_X86
 #define LQ_AMX 1
 #define OPERAND uint16_t
 #define LQ_SUFFIX amx
+#define LQ_WIDTH 16
 #define LQ_TARGET LQ_TARGET_AMX
 #include "train_attention_kernel.h"
-#undef LQ_SUFFIX
-#undef LQ_WIDTH
-#undef LQ_TARGET
+#include "vec_end.h"
 #endif
 
 static void run(TrainAttention *a, int backward, int64_t level) {

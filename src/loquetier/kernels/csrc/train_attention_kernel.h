@@ -450,11 +450,3 @@ LQ_TARGET static void LQ_NAME(attend_backward)(int64_t begin, int64_t end, void 
 
 #undef load
 #undef store
-#undef vf
-#undef vu
-#undef vh
-#undef LQ_JOIN2
-#undef LQ_JOIN
-#undef LQ_NAME
-#undef LQ_INLINE
-#undef LQ_CALLED
