@@ -218,7 +218,7 @@ class Runtime:
         def forgotten(version: AdapterVersion) -> None:
             source = version.source
             if source is not None:
-                files.background.submit(lambda: tell(source), lambda result: None)
+                files.background.clean_up(lambda: tell(source))
 
         self._engine.residency.forgotten = forgotten
 

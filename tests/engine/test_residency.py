@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from loquetier.errors import (
     AdapterChangedError,
     AdapterNotFoundError,
     AdapterUnavailableError,
+    EngineStoppedError,
     OutOfAdapterMemoryError,
 )
 
@@ -255,6 +257,77 @@ def test_what_training_published_is_saved_before_it_leaves(base: Path, stock: li
         runtime.unload_adapter("made")
         runtime._background.close()  # what it still has to do is done
         assert list((tmp_path / "spill").iterdir()) == []
+
+
+def release_while_closing(monkeypatch: pytest.MonkeyPatch, gate: threading.Event) -> None:
+    """Closing a pool of threads opens the gate only when the pool takes no more work and has dropped what it drops."""
+    original = ThreadPoolExecutor.shutdown
+
+    def shutdown(self: ThreadPoolExecutor, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        original(self, wait=False, cancel_futures=cancel_futures)
+        gate.set()
+        original(self, wait=wait)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", shutdown)
+
+
+def test_closing_does_what_removes_files_and_leaves_out_the_rest(
+    base: Path, stock: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, done = threading.Event(), []
+    with crowded(base, stock, adapter_spill=str(tmp_path / "spill")) as runtime:
+        runtime.finetune("made", DATA, lora=SPEC, training=TRAINING).wait(WAIT)
+        while "made" in resident(runtime):
+            for n in range(8):
+                runtime.generate(PROMPT, f"a{n}", GREEDY)
+        assert len(list((tmp_path / "spill").iterdir())) == 1
+        for _ in range(2):  # every thread is busy, as on a loaded machine
+            runtime._background.submit(lambda: gate.wait(WAIT), lambda result: None)
+        runtime._background.submit(lambda: done.append("read"), lambda result: None)
+        runtime.unload_adapter("made")
+        release_while_closing(monkeypatch, gate)
+        runtime._background.close()
+        assert gate.is_set() and list((tmp_path / "spill").iterdir()) == [] and done == []
+
+
+@pytest.mark.parametrize("when", ["before it is written", "before the engine hears of it", "when the engine is gone"])
+def test_what_is_unloaded_while_it_is_saved_leaves_no_files(
+    base: Path, stock: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    spill, begun, gate, written = tmp_path / "spill", threading.Event(), threading.Event(), threading.Event()
+    original = Packer.write
+
+    def write(self: Packer, directory: Path, packed: Any) -> str:
+        begun.set()
+        assert gate.wait(WAIT)
+        digest = original(self, directory, packed)
+        assert len(list(spill.iterdir())) == 1
+        written.set()
+        return digest
+
+    monkeypatch.setattr(Packer, "write", write)
+    # A stopped engine cannot be asked for its integrity.
+    gone = pytest.raises(EngineStoppedError) if when == "when the engine is gone" else nullcontext()
+    with gone, crowded(base, stock, adapter_spill=str(spill)) as runtime:
+        runtime.finetune("made", DATA, lora=SPEC, training=TRAINING).wait(WAIT)
+        for n in range(8):
+            runtime.generate(PROMPT, f"a{n}", GREEDY)
+        assert begun.wait(WAIT)
+        if when == "before the engine hears of it":  # its thread is kept busy by us while the files come to lie there
+
+            def unload() -> None:
+                gate.set()
+                assert written.wait(WAIT)
+                runtime._engine.adapters.unload("made")
+
+            runtime._loop.call(unload)
+        else:
+            runtime.unload_adapter("made")
+            if when == "when the engine is gone":
+                runtime._loop.stop()
+        gate.set()
+        runtime._background.close()
+        assert written.is_set() and list(spill.iterdir()) == []
 
 
 def test_without_a_place_to_save_it_stays(base: Path, stock: list[Path]) -> None:

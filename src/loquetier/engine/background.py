@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -23,8 +24,11 @@ class Background(Protocol):
     def submit(self, work: Callable[[], T], done: Callable[[Result[T]], None]) -> None:
         """Do `work` somewhere; then call `done` with its result on the engine's thread, between two steps."""
 
+    def clean_up(self, work: Callable[[], object]) -> None:
+        """Do `work` somewhere, also when the end has begun: what it removes would stay behind otherwise."""
+
     def close(self) -> None:
-        """End; what is under way finishes first, and nobody is told."""
+        """End; what is under way finishes first, and all that is to be cleaned up. Nobody is told of results."""
 
 
 class Inline:
@@ -33,6 +37,10 @@ class Inline:
     def submit(self, work: Callable[[], T], done: Callable[[Result[T]], None]) -> None:
         """See `Background`."""
         done(_result_of(work))
+
+    def clean_up(self, work: Callable[[], object]) -> None:
+        """See `Background`."""
+        _log_error(_result_of(work))
 
     def close(self) -> None:
         """Nothing to end."""
@@ -47,21 +55,30 @@ class Threads:
 
     def __init__(self, post: Callable[[Callable[[], None]], Future[None]], num_threads: int = 2) -> None:
         self._post = post
+        self._closing = threading.Event()
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="loquetier-adapters")
 
     def submit(self, work: Callable[[], T], done: Callable[[Result[T]], None]) -> None:
         """See `Background`."""
 
         def run() -> None:
+            if self._closing.is_set():
+                return  # nobody is left who could use it
             result = _result_of(work)
-            with suppress(EngineStoppedError):  # nobody is left who could use it
+            with suppress(EngineStoppedError):  # closed meanwhile
                 self._post(lambda: done(result)).add_done_callback(_log_failure)
 
         self._pool.submit(run)
 
+    def clean_up(self, work: Callable[[], object]) -> None:
+        """See `Background`."""
+        self._pool.submit(lambda: _log_error(_result_of(work)))
+
     def close(self) -> None:
         """See `Background`."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._closing.set()
+        # Without `cancel_futures`, which would drop what is to be cleaned up as well.
+        self._pool.shutdown(wait=True)
 
 
 def _result_of(work: Callable[[], T]) -> Result[T]:
@@ -71,6 +88,13 @@ def _result_of(work: Callable[[], T]) -> Result[T]:
     except Exception as error:
         done.set_exception(error)
     return done.result
+
+
+def _log_error(result: Result[object]) -> None:
+    try:
+        result()
+    except Exception:
+        log.exception("cleaning up failed")
 
 
 def _log_failure(future: Future[None]) -> None:

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,6 +33,31 @@ def _nothing(_: object = None) -> None:
     """Nobody is told."""
 
 
+class _Save:
+    """One version's way to its directory, begun on the engine's thread and written on another.
+
+    Either side may be the last to know: the files are removed by whoever finds that they exist and are not wanted.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._lock = threading.Lock()
+        self._is_written = self._is_unwanted = False
+
+    def give_up(self) -> bool:
+        """Nobody wants the files any more; whether they lie there already. Else they never will."""
+        with self._lock:
+            self._is_unwanted = True
+            return self._is_written
+
+    def written(self) -> None:
+        """On the writing thread, when the files lie there: removes them where nobody wants them any more."""
+        with self._lock:
+            self._is_written = not self._is_unwanted
+        if not self._is_written:
+            _remove(self.directory)
+
+
 @dataclass(slots=True)
 class VersionFiles:
     """Reads versions from their PEFT directories, and gives files to those that only the arena has.
@@ -49,7 +75,7 @@ class VersionFiles:
     changed: Callable[[], None] = _nothing
     """Told when a version has got files, or did not get any."""
     num_saved: int = 0
-    saving: set[AdapterVersion] = field(default_factory=set)
+    saving: dict[AdapterVersion, _Save] = field(default_factory=dict)
     _failed: dict[AdapterVersion, float] = field(default_factory=dict)
     """When saving them failed last."""
 
@@ -82,27 +108,29 @@ class VersionFiles:
         flat = self.arena.flat(version.slot).cpu().clone()
         spec, modules, packer = version.spec, version.modules, self.packer
         known, template = version.digest, version.template_fingerprint
-        self.saving.add(version)
+        save = self.saving[version] = _Save(directory)
 
         def write() -> tuple[str, str]:
             packed = packer.repack(spec, modules, flat, template, known)
-            return packed.digest, packer.write(directory, packed)
+            digests = packed.digest, packer.write(directory, packed)
+            save.written()
+            return digests
 
         self.background.submit(write, lambda result: self._written(version, directory, result, done))
 
     def _written(self, version: AdapterVersion, directory: Path, result: Result[tuple[str, str]], done: Done) -> None:
-        self.saving.discard(version)
+        self.saving.pop(version, None)
         self.changed()
         try:
             digest, of_files = result()
         except Exception as error:
             typed = error if isinstance(error, LoquetierError) else _unsaved(version, error)
             log.warning("%s", typed)
-            self._failed[version] = self.clock()
+            if self.registry.find(version.label) is version:
+                self._failed[version] = self.clock()
             done(typed)
             return
-        if self.registry.find(version.label) is not version:
-            self._remove(directory)
+        if self.registry.find(version.label) is not version:  # `forget` saw to its files
             done(_unsaved(version, "it was unloaded"))
             return
         version.digest, version.source, version.source_digest = digest, directory, of_files
@@ -112,12 +140,18 @@ class VersionFiles:
     def forget(self, version: AdapterVersion) -> None:
         """Nobody means or uses it any more: remove its files, if they are ours."""
         self._failed.pop(version, None)
-        source = version.source
+        source, save = version.source, self.saving.pop(version, None)
+        if save is not None and save.give_up():  # the engine was not told yet
+            source = save.directory
         if source is not None and source.parent == self.spill:
-            self._remove(source)
+            self.background.clean_up(lambda: _remove(source))
 
-    def _remove(self, directory: Path) -> None:
-        self.background.submit(lambda: shutil.rmtree(directory, ignore_errors=True), _nothing)
+
+def _remove(directory: Path) -> None:
+    try:
+        shutil.rmtree(directory)
+    except OSError as error:
+        log.warning("%s cannot be removed and stays: %s", directory, error)
 
 
 def _directory_name(version: AdapterVersion) -> str:
