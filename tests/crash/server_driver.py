@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,8 +132,13 @@ class Lives:
         check_database(self.data)
 
     def stop(self) -> None:
-        """End in order."""
-        os.kill(self.pid, signal.SIGTERM)
+        """End in order; a life whose kill comes while it ends is followed by one more."""
+        while True:
+            os.kill(self.pid, signal.SIGTERM)
+            if not isinstance(self.end, float) or os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT).si_status == 0:
+                break
+            self.died()
+            self.start()
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         if code != 0:
             raise SystemExit(f"SIGTERM: the server ended with {code}")
@@ -194,10 +199,10 @@ def story(lives: Lives) -> dict[str, Any]:
     assert status in (200, 404), "404 where the kill came after the commit"
     lives.stop()
     lives.start()  # and what was acknowledged is there
-    assert lives.ask("GET", f"/v1/models/{gone}")[0] == 404
-    assert lives.ask("GET", f"/v1/files/{file['id']}/content")[1] == FILE
+    assert lives.insist("GET", f"/v1/models/{gone}")[0] == 404
+    assert lives.insist("GET", f"/v1/files/{file['id']}/content")[1] == FILE
     found = outcome(lives, job["id"], model) | {"text": text}
-    assert answer(lives.ask("POST", "/v1/completions", ask, **as_json))["choices"][0]["text"] == text
+    assert answer(lives.insist("POST", "/v1/completions", ask, **as_json))["choices"][0]["text"] == text
     lives.stop()
     check_database(lives.data)
     leftovers = [p.name for p in lives.data.rglob("*") if ".tmp-" in p.name or ".old-" in p.name]
@@ -214,8 +219,8 @@ def answer(found: tuple[int, bytes]) -> dict[str, Any]:
 def outcome(lives: Lives, job_id: str, model: str) -> dict[str, Any]:
     """What is left of a job, without what may differ: ids, times, messages of restarts."""
     path = f"/v1/fine_tuning/jobs/{job_id}"
-    job = answer(lives.ask("GET", path))
-    events = answer(lives.ask("GET", f"{path}/events?limit=100"))["data"][::-1]
+    job = answer(lives.insist("GET", path))
+    events = answer(lives.insist("GET", f"{path}/events?limit=100"))["data"][::-1]
     with sqlite3.connect(lives.data / DATABASE) as c:
         live_version = c.execute(
             "SELECT directory, number FROM versions JOIN adapters USING (name) WHERE name = ? AND number = live_number",
@@ -234,8 +239,8 @@ def outcome(lives: Lives, job_id: str, model: str) -> dict[str, Any]:
             for e in events
             if "restarted" not in e["message"]
         ],
-        "checkpoints": [c["step_number"] for c in answer(lives.ask("GET", f"{path}/checkpoints"))["data"]],
-        "results": lives.ask("GET", f"/v1/files/{job['result_files'][0]}/content")[1].decode(),
+        "checkpoints": [c["step_number"] for c in answer(lives.insist("GET", f"{path}/checkpoints"))["data"]],
+        "results": lives.insist("GET", f"/v1/files/{job['result_files'][0]}/content")[1].decode(),
         "tokens": job["trained_tokens"],
         "numbers_rise": numbers == sorted(set(numbers)),
         "counts": counts,
@@ -250,19 +255,25 @@ def main() -> None:
     parser.add_argument("base", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("--ends", action="append", default=[], help="Fail points of the lives of one story, by comma.")
-    parser.add_argument("--random", type=int, default=0, help="Kills at random instants.")
+    parser.add_argument("--random", type=int, default=0, help="At least so many kills at random instants.")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     began = time.monotonic()
     report: dict[str, Any] = {"unbroken": story(Lives(options.base, options.work / "unbroken", iter(())))}
     seconds, rng = time.monotonic() - began, random.Random(options.seed)
-    stories = [list(ends.split(",")) for ends in options.ends]
-    for at in range(0, options.random, 5):
-        stories.append([rng.uniform(0.0, 0.7 * seconds) for _ in range(min(5, options.random - at))])  # type: ignore[misc]
-    report["stories"] = [
-        story(Lives(options.base, options.work / f"story-{number}", iter(ends))) | {"ends": [str(e) for e in ends]}
-        for number, ends in enumerate(stories)
-    ]
+    report["stories"] = []
+
+    def tell(ends: Sequence[str | float]) -> int:
+        work = options.work / f"story-{len(report['stories'])}"
+        told = story(Lives(options.base, work, iter(ends)))
+        report["stories"].append(told)
+        return len(told["kills"])
+
+    for ends in options.ends:
+        tell(ends.split(","))
+    left = options.random
+    while left > 0:  # a story may be over before all of its kills have come
+        left -= tell([rng.uniform(0.0, 0.7 * seconds) for _ in range(5)])
     json.dump(report, sys.stdout)
 
 

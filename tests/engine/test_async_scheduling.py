@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 
 from loquetier.adapters.spec import LoraSpec
 from loquetier.config import MIB, EngineConfig, Hardware, SamplingParams, TrainingConfig, resolve
+from loquetier.engine import engine as engine_module
 from loquetier.engine.engine import Engine
 from loquetier.engine.rows import StepPlan
 from loquetier.errors import ConfigError, EngineError
@@ -85,6 +87,24 @@ def test_a_step_is_planned_before_the_last_ones_tokens_are_told(model: Any, new_
     assert len(answer.events) == 2
     engine.step()  # nothing to plan: the third row was the last that may run
     assert answer.reason() == "length" and not engine.has_work
+
+
+def test_a_step_costs_what_the_device_took_for_it_alone(
+    model: Any, new_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is queued while the one before is computed: from its beginning that one's time would count twice."""
+    _, engine = both(new_engine, model)
+    told: list[tuple[float, float]] = []
+    clock = iter(range(10**6))
+    monkeypatch.setattr(engine_module.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(
+        engine.scheduler.cost, "observe", lambda features, seconds: told.append((seconds, engine._completed_at))
+    )
+    ask(engine, prompt(5, 0), max_tokens=6)
+    run(engine)
+    ends = [end for _, end in told[1:]] + [engine._completed_at]
+    taken = [seconds for seconds, _ in told]
+    assert len(told) >= 6 and taken[1:] == [b - a for a, b in pairwise(ends)]
 
 
 def stop_text(engine: Engine) -> str:

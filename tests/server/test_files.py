@@ -85,6 +85,8 @@ def test_pages(live: Live, client: openai.OpenAI) -> None:
     assert [f.id for f in client.files.list(after=ids[1], order="desc").data] == [ids[0]]
     page = live.http("GET", "/v1/files?limit=2").json()
     assert page["first_id"] == trained and page["last_id"] == ids[-1] and page["object"] == "list"
+    assert not live.http("GET", "/v1/files?limit=6").json()["has_more"], "six are all"
+    assert live.http("GET", "/v1/files?limit=5").json()["has_more"]
     for query in ("limit=0", "limit=10001", "order=up", "after=file-none", "limit=x"):
         assert live.http("GET", f"/v1/files?{query}").status_code == 400
         error_of(live.http("GET", f"/v1/files?{query}"))

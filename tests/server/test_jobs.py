@@ -31,6 +31,7 @@ from tests.server.tuned import (
     wait_for_step,
 )  # fmt: skip
 
+from loquetier.errors import InsufficientStorageError
 from loquetier.server.auth import KeyRing, Principal, Scope
 
 __all__ = ["base_dir"]
@@ -190,6 +191,30 @@ def test_row_31_a_change_by_twenty_clients_at_once_happens_once(
         assert messages(client, made.id).count(f"The job was {word}") == 1
 
 
+def test_row_42_a_cancel_that_cannot_be_written_has_not_happened(
+    live: Live, client: openai.OpenAI, file: FileObject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The row comes before the engine: else a job would have ended whose owner was told that it goes on."""
+    made = create(client, file, BASE, LONG)
+    wait_for_step(live, made.id, 1)
+    tuning = live.services.tuning
+    assert tuning is not None
+    full = InsufficientStorageError("no room")
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise full
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tuning.store.jobs), "update", refuse)
+        assert error_of(live.http("POST", f"{JOBS}/{made.id}/cancel"))["code"] == full.code
+        handle = tuning.running.handle(made.id)
+        assert handle is not None and not handle.status.is_final
+    at = len(handle.history)
+    wait_until(lambda: len(handle.history) > at, "it goes on")
+    assert job_of(live, made.id)["status"] == "running"
+    assert client.fine_tuning.jobs.cancel(made.id).status == "cancelled"
+
+
 def test_events_are_streamed_until_the_job_ends(live: Live, client: openai.OpenAI, file: FileObject) -> None:
     made = create(client, file, BASE, QUICK)
     url = f"{live.url}{JOBS}/{made.id}/events?stream=true"
@@ -215,6 +240,7 @@ def test_pages_and_filters(live: Live, client: openai.OpenAI, file: FileObject) 
         bob.fine_tuning.jobs.cancel(job.id)
     listed = bob.fine_tuning.jobs.list(limit=2)
     assert [j.id for j in listed.data] == made[:0:-1] and listed.has_more
+    assert not bob.fine_tuning.jobs.list(limit=3).has_more, "three are all"
     assert [j.id for j in bob.fine_tuning.jobs.list(limit=1)] == made[::-1], "the SDK walks the pages"
     assert [j.id for j in bob.fine_tuning.jobs.list(metadata={"n": "1"})] == [made[1]]
     assert [j.id for j in bob.fine_tuning.jobs.list(metadata={"n": "1", "k": "w"})] == []
@@ -407,6 +433,10 @@ def test_row_52_an_idempotency_key_makes_one_job(live: Live, client: openai.Open
     for thread in threads:
         thread.join(DEADLINE)
     assert len(made) == 30 and len(set(made)) == 1
+    events = f"{JOBS}/{wait_for(live, made[0], 'succeeded')['id']}/events"
+    number = len(live.http("GET", f"{events}?limit=100").json()["data"])
+    more = [live.http("GET", f"{events}?limit={limit}").json()["has_more"] for limit in (number - 1, number)]
+    assert more == [True, False], "a page of exactly all events is the last one"
     again = live.post(JOBS, {"model": BASE, "training_file": file.id}, headers={"Idempotency-Key": "k"})
     assert again.status_code == 400 and error_of(again)["code"] == "idempotency_key_reused"
     client.files.delete(file.id)

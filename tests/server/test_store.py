@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import subprocess
 import sys
@@ -182,6 +183,36 @@ def adapter_files(directory: Path) -> Path:
     (directory / CONFIG_NAME).write_text("{}")
     (directory / WEIGHTS_NAME).write_bytes(b"weights")
     return directory
+
+
+def test_an_adapters_directory_entry_is_synced_before_its_row(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr("loquetier.server.store.adapters.fsync_directory", synced.append)
+    place = store.adapters.place(adapter_files(tmp_path / "source"))
+    assert len(synced) == 2 and synced[1] == place.parent, "its files' entries, then, renamed, its own"
+
+
+def test_a_copied_adapters_files_are_synced_before_they_have_their_name(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def note_fsync(descriptor: int) -> None:
+        told.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def note_rename(old: Path, new: Path) -> None:
+        told.append("renamed")
+        rename(old, new)
+
+    source = adapter_files(tmp_path / "source")
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "rename", note_rename)
+    store.adapters.place(source)
+    assert {CONFIG_NAME, WEIGHTS_NAME} <= set(told[: told.index("renamed")])
 
 
 @pytest.mark.parametrize("link", [False, True])

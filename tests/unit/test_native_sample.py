@@ -109,3 +109,13 @@ def test_the_engines_sampler_gives_the_same_tokens_with_and_without_c(monkeypatc
     in_c = sampler.sample(logits_NV, states, list(range(24)))
     monkeypatch.setattr(sampler, "_native", lambda: None)
     assert sampler.sample(logits_NV, states, list(range(24))) == in_c
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_logits_that_c_cannot_read_are_sampled_though_their_edited_copy_could_be(dtype: torch.dtype) -> None:
+    """The edited copy is float32; whether a row is broken is read from the raw logits."""
+    logits_NV = logits_of(2, 40, F32).to(dtype)
+    logits_NV[1, 7] = torch.nan
+    states = [sampler.new_state(SamplingParams(temperature=0.0, logit_bias={3: 100.0}), 0, [1], (), 40)] * 2
+    found = sampler.sample(logits_NV, states, [0, 0])
+    assert found.token_ids == [3, -1] and found.failed == [False, True]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import event, settings
 from hypothesis import strategies as st
@@ -61,8 +63,9 @@ class FakeEngine:
         self.source[seq.seq_id] = (version, space)
         return seq
 
-    def step(self) -> StepPlan:
+    def step(self, planned: Callable[[], None] = lambda: None) -> StepPlan:
         plan = self.scheduler.schedule()
+        planned()
         for chunk in plan.prefill:
             assert chunk.length >= 1, "without a row there are no logits"
             self.run(chunk.seq, chunk.start, chunk.length)
@@ -112,6 +115,23 @@ class FakeEngine:
 
 
 PROMPT = list(range(10, 20))  # two full pages and a half
+
+
+def test_pages_that_are_distrusted_are_not_offered_again_by_who_reads_them() -> None:
+    """With async scheduling the writer's failure may come to light when a reader of its pages is already planned."""
+    engine = FakeEngine()
+    writer = engine.add(PROMPT, generate=20)
+    while writer.num_left > 1:
+        engine.step()
+    reader = engine.add(PROMPT, generate=8)
+    assert engine.found(PROMPT) == 8
+    engine.step(lambda: engine.pages.distrust(writer))
+    assert reader.num_cached == 8 and engine.found(PROMPT) == 0
+    before = len(reader.tokens)
+    while len(reader.tokens) < before + 5:  # another full page, which is offered
+        engine.step()
+    assert engine.found(PROMPT) == 0
+    engine.drain()
 
 
 def test_a_second_prompt_computes_only_what_is_new() -> None:
