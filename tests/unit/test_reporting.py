@@ -181,6 +181,17 @@ def test_a_resumed_job_takes_no_files_but_its_own(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_bytes() == before, "what was there stays"
 
 
+def test_a_job_that_was_killed_before_its_beginning_is_taken_up(tmp_path: Path) -> None:
+    files = JobFiles(tmp_path, "job")
+    files.event(JobEvent("status", "job", JobStatus.VALIDATING_FILES))
+    files.close()
+    with pytest.raises(ConfigError, match="was not written by job 'other'"):
+        JobFiles(tmp_path, "other")
+    life(tmp_path, (), [JobEvent("step", "job", RUNNING, record(1))])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["status", "begin", "step"]
+
+
 @pytest.mark.parametrize("formula", ["=1+1", "+1", "-cmd", "@SUM(A1)", "\tx", -math.inf])
 def test_cells_that_a_spreadsheet_would_run_are_made_text(formula: object) -> None:
     assert csv_cell(formula) == f"'{formula}"

@@ -28,8 +28,9 @@ def lines_of(path: Path, job_name: str) -> list[str]:
     if not path.exists():
         return []
     lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")[:-1]
+    # Killed while its data was read, a job has told its states and not yet its beginning.
     first = _fields(lines[0]) if lines else {"event": "begin", "job_name": job_name}
-    if (first.get("event"), first.get("job_name")) != ("begin", job_name):
+    if first.get("job_name" if first.get("event") == "begin" else "job") != job_name:
         raise ConfigError(
             f"output_dir: {str(path)!r} was not written by job {job_name!r}; give that of the job that "
             "resumes, or a new one"
