@@ -66,14 +66,16 @@ def given_spec(lora: LoraSpec | None, spec: AdapterSpec | None) -> AdapterSpec |
 
 
 def checkpoint_config(
-    directory: str | os.PathLike[str] | None, every: int, keep: int, resume: bool
+    directory: str | os.PathLike[str] | None, every: int, keep: int, resume: bool, are_held: bool
 ) -> CheckpointConfig | None:
     """Where and how often to save; None = never. Raises ConfigError where the settings contradict each other."""
     if directory is None:
         if resume:
             raise ConfigError("resume=True needs the checkpoint_dir to go on from")
+        if are_held:
+            raise ConfigError("hold_checkpoints=True needs the checkpoint_dir whose checkpoints are held")
         return None
-    return CheckpointConfig(directory=path_of(directory), every=every, keep=keep, resume=resume)
+    return CheckpointConfig(directory=path_of(directory), every=every, keep=keep, resume=resume, are_held=are_held)
 
 
 def path_of(directory: str | os.PathLike[str]) -> Path:

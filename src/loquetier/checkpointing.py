@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,8 @@ log = logging.getLogger("loquetier.jobs")
 class CheckpointSaver:
     """Stands between a job and its listener, and saves the job every so many steps, at its end, and when asked to.
 
+    No checkpoint is left out: a job that is faster than the disk waits before its next step (`FinetuneJob.is_ahead`).
+
     Args:
         directory: open; closed here when the job has ended.
         held: the image that the job goes on from, which is on the disk already.
@@ -39,6 +42,7 @@ class CheckpointSaver:
         saved: told of each checkpoint that is on the disk, on the thread that wrote it.
         served: weights that were served before a break and are not those of `held`, and their step.
         storage: runs the writes, and holds the job while the disk is full.
+        on_engine: runs a call on the engine's thread, soon.
     """
 
     def __init__(
@@ -51,8 +55,10 @@ class CheckpointSaver:
         errors: list[Exception],
         saved: Callable[[JobImage, Path], None],
         storage: StorageWait,
+        on_engine: Callable[[Callable[[], None]], None],
         served: tuple[Tensor, int] | None = None,
     ) -> None:
+        self._on_engine = on_engine
         self._directory, self._identity, self._inner = directory, identity, inner
         self._saved, self.served = saved, served
         self._base_name, self._fail_point = engine.base.name, engine.jobs.fail_point
@@ -78,11 +84,16 @@ class CheckpointSaver:
         is_best = record is not None and record.evaluation is not None and improved_now(job.history)
         is_due = is_complete and job.num_steps % self._directory.config.every == 0
         if (is_due or is_best) and not is_last:
-            self._writer.put(job.image(), is_best=is_best)
+            self.save(job)
 
     def save(self, job: FinetuneJob) -> None:
         """One more checkpoint, of a job that goes on or is about to be closed; engine thread only."""
-        self._writer.put(job.image())
+
+        def look() -> None:
+            job.is_ahead = self._writer.is_full
+
+        self._writer.put(job.image(), lambda: self._on_engine(look))
+        look()
 
     @property
     def is_open(self) -> bool:
@@ -161,8 +172,9 @@ def open_checkpoints(
         served = None if image is None else _best_weights(engine, directory, identity, image)
         errors, saved = handle.checkpoint_errors, handle.checkpoint_saved
         storage = handle.storage_wait("checkpoints", directory.path)
-        saver = CheckpointSaver(engine, directory, identity, image, handle.listen, errors, saved, storage, served)
-        handle.checkpoint_at = directory.at_step
+        ears = (handle.listen, errors, saved)
+        saver = CheckpointSaver(engine, directory, identity, image, *ears, storage, handle.on_engine, served)
+        handle.checkpoint_at, handle.let_go = directory.at_step, directory.let_go
     except BaseException:
         directory.close()
         raise
@@ -206,26 +218,27 @@ def _place(image: JobImage) -> tuple[object, ...]:
 
 
 class _Writer:
-    """One thread and a queue of two: the newest image replaces one that still waits, but for the best one so far."""
+    """One thread, which writes every image that it is given, in order."""
 
     def __init__(self, write: Callable[[JobImage], None], errors: list[Exception], storage: StorageWait) -> None:
         self._write, self._errors, self._storage = write, errors, storage
         self._changed = threading.Condition()
-        self._waiting: list[tuple[JobImage, bool]] = []
-        """Oldest first, each with whether it is the best so far."""
+        self._waiting: deque[tuple[JobImage, Callable[[], None]]] = deque()
+        """Oldest first; the first one is being written. Each with who is told when it was, well or badly."""
         self._at_end: Callable[[], None] | None = None
         self._thread = threading.Thread(target=self._run, name="loquetier-checkpoints", daemon=True)
         self._thread.start()
 
-    def put(self, image: JobImage, *, is_best: bool = False) -> None:
+    def put(self, image: JobImage, done: Callable[[], None] = lambda: None) -> None:
         """Write `image` soon; never waits."""
         with self._changed:
-            self._add(image, is_best)
+            self._waiting.append((image, done))
             self._changed.notify()
 
-    def _add(self, image: JobImage, is_best: bool) -> None:
-        kept = [] if is_best else [waiting for waiting in self._waiting if waiting[1]]
-        self._waiting = [*kept, (image, is_best)]
+    @property
+    def is_full(self) -> bool:
+        """One image is being written and another one waits: who makes them shall wait too. Any thread."""
+        return len(self._waiting) >= 2
 
     def finish(self, image: JobImage | None, at_end: Callable[[], None], *, is_patient: bool) -> None:
         """Write what waits, and then `image` if given, then call `at_end` and end.
@@ -236,7 +249,7 @@ class _Writer:
             self._storage.give_up()
         with self._changed:
             if image is not None:
-                self._add(image, False)
+                self._waiting.append((image, lambda: None))
             self._at_end = self._at_end or at_end
             self._changed.notify()
 
@@ -253,15 +266,16 @@ class _Writer:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._at_end is not None)
-                waiting, self._waiting = self._waiting, []
-                at_end = self._at_end
-            for image, _ in waiting:
-                try:
-                    # Weights, gradient and two moments, and some text.
-                    self._storage.run(partial(self._write, image), 4 * image.master.nbytes + (1 << 16))
-                except Exception as error:  # told, and the job goes on
-                    log.exception("a checkpoint of job %s could not be written", image.name)
-                    self._errors.append(error)
+                at_end = None if self._waiting else self._at_end
             if at_end is not None:
                 at_end()
                 return
+            image, done = self._waiting[0]
+            try:
+                # Weights, gradient and two moments, and some text.
+                self._storage.run(partial(self._write, image), 4 * image.master.nbytes + (1 << 16))
+            except Exception as error:  # told, and the job goes on
+                log.exception("a checkpoint of job %s could not be written", image.name)
+                self._errors.append(error)
+            self._waiting.popleft()
+            done()

@@ -58,6 +58,8 @@ class FinetuneHandle:
         """Why checkpoints could not be written (disk full, ...); the one before stays, and the job goes on."""
         self.checkpoint_at: Callable[[int], Path | None] = lambda step: None
         """The checkpoint of a step, if there is one now; set where the job's checkpoints are opened."""
+        self.let_go: Callable[[int], None] = lambda step: None
+        """With `hold_checkpoints`: those up to this step may be removed. Set where the job's checkpoints are opened."""
         observers = [*(as_observer(callback, self._stop) for callback in self.callbacks), *reporters]
         self._storage_waits: list[StorageWait] = []
         self._files_wait = None if output_dir is None else self.storage_wait("files", output_dir)
@@ -73,13 +75,14 @@ class FinetuneHandle:
         jobs = self._engine.jobs
         wait = StorageWait(
             directory,
-            lambda reason: self._on_engine(lambda: jobs.hold(self.job, key, reason)),
-            lambda: self._on_engine(lambda: jobs.release_hold(self.job, key)),
+            lambda reason: self.on_engine(lambda: jobs.hold(self.job, key, reason)),
+            lambda: self.on_engine(lambda: jobs.release_hold(self.job, key)),
         )
         self._storage_waits.append(wait)
         return wait
 
-    def _on_engine(self, call: Callable[[], None]) -> None:
+    def on_engine(self, call: Callable[[], None]) -> None:
+        """Have `call` run on the engine's thread, soon; never waits."""
         with suppress(EngineStoppedError):  # a closed runtime has ended the job itself
             self._loop.submit(call)
 
@@ -171,7 +174,7 @@ class FinetuneHandle:
                 reason = "a callback set control.should_training_stop"
                 self._engine.jobs.set_status(self.job, JobStatus.CANCELLED, reason)
 
-        self._on_engine(cancel)
+        self.on_engine(cancel)
 
     @property
     def job(self) -> FinetuneJob:

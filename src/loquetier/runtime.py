@@ -527,6 +527,7 @@ class Runtime:
         checkpoint_every: int = 50,
         checkpoints_to_keep: int = 2,
         resume: bool = False,
+        hold_checkpoints: bool = False,
         validate_in_background: bool = False,
     ) -> FinetuneHandle:
         """Start training an adapter; its rows join the steps that answer requests. Returns when the data is checked.
@@ -549,6 +550,7 @@ class Runtime:
                 at the job's end and one when the runtime is closed; the newest `checkpoints_to_keep` stay.
             resume: go on, bit for bit, from the newest good checkpoint in `checkpoint_dir` (a fresh job where there is
                 none). Settings, data and base must be those it was made with; `start_from` counts only when fresh.
+            hold_checkpoints: none is removed before the handle's `let_go` was told of its step: for who copies them.
             validate_in_background: return at once with a job that is `validating_files`: the data is read, encoded and
                 checked on a thread, and what is wrong with it, or with checkpoint_dir, fails the job.
 
@@ -577,7 +579,7 @@ class Runtime:
         self._engine.jobs.publisher.template_fingerprint = self.template_fingerprint
         reporters = open_reporters(report_to)
         files = None if output_dir is None else path_of(output_dir)
-        place = checkpoint_config(checkpoint_dir, checkpoint_every, checkpoints_to_keep, resume)
+        place = checkpoint_config(checkpoint_dir, checkpoint_every, checkpoints_to_keep, resume, hold_checkpoints)
         handle = FinetuneHandle(self._engine, self._loop, callbacks, reporters, files, name if resume else None)
         where = (self._engine, self._loop, handle)
         try:

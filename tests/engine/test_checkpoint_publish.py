@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import queue
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from loquetier.checkpointing import _Writer
 from loquetier.errors import ConfigError
 from loquetier.finetuning import FinetuneHandle, JobEvent
 from loquetier.storage import StorageWait
+from loquetier.training.checkpoint_dir import CheckpointDirectory
 from loquetier.training.job import FinetuneJob
 from loquetier.virtual import VirtualModel
 
@@ -93,8 +95,7 @@ def test_a_checkpoint_is_served_while_its_job_goes_on(base: str, tmp_path: Path)
         job.cancel()
 
 
-def test_the_best_one_waits_for_the_disk_and_others_make_room(tmp_path: Path) -> None:
-    """While a checkpoint is being written only the newest image waits, and beside it the best one so far."""
+def test_the_writer_leaves_none_out_and_says_when_it_is_behind(tmp_path: Path) -> None:
     written: list[str] = []
     writing, go_on, at_end = threading.Event(), threading.Event(), threading.Event()
 
@@ -107,13 +108,44 @@ def test_the_best_one_waits_for_the_disk_and_others_make_room(tmp_path: Path) ->
     images: list[Any] = [SimpleNamespace(name=name, master=torch.zeros(1)) for name in "abcde"]
     writer.put(images[0])
     assert writing.wait(60)
-    for image, is_best in zip(images[1:4], (False, True, False), strict=True):
-        writer.put(image, is_best=is_best)
-    writer.put(images[4])
-    writer.finish(None, at_end.set, is_patient=True)
+    assert not writer.is_full
+    told: list[bool] = []
+    for image in images[1:4]:
+        writer.put(image, lambda: told.append(writer.is_full))
+        assert writer.is_full
+    writer.finish(images[4], at_end.set, is_patient=True)
     go_on.set()
     writer.join()
-    assert written == ["a", "c", "e"] and at_end.is_set()
+    assert written == list("abcde") and at_end.is_set() and told == [True, True, False]
+
+
+def test_a_job_that_is_faster_than_the_disk_waits_for_it(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, add = threading.Semaphore(0), CheckpointDirectory.add
+    entered: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def slow(directory: CheckpointDirectory, step: int, *rest: Any) -> Path:
+        entered.put(step)
+        assert go_on.acquire(timeout=60)
+        return add(directory, step, *rest)
+
+    monkeypatch.setattr(CheckpointDirectory, "add", slow)
+    with Runtime(base, config=CONFIG) as runtime:
+        job = start(runtime, tmp_path / "c", TRAINING, checkpoints_to_keep=9, checkpoint_every=1)
+        try:
+            assert entered.get(timeout=60) == 1
+            while len(job.history) < 2:
+                job._ended.wait(0.01)
+            runtime.generate("many steps of the engine, none of them the job's")
+            assert len(job.history) == 2, "one is being written and one waits"
+            go_on.release()
+            assert entered.get(timeout=60) == 2
+        finally:
+            go_on.release(99)
+        job.wait(60)
+        runtime.check_integrity()
+        assert [job.checkpoint_at(step) is not None for step in range(1, 8)] == [True] * 7
 
 
 def test_after_a_break_the_checkpoint_is_served_at_once(base: str, tmp_path: Path) -> None:

@@ -193,3 +193,20 @@ def test_names_leftovers_and_pruning(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="step-1000000 is the newest"):
         CheckpointDirectory(CheckpointConfig(directory=tmp_path))
     CheckpointDirectory(CheckpointConfig(directory=tmp_path, resume=True)).close()  # the refusal let go of the lock
+
+
+def test_what_is_held_stays_until_it_is_let_go(tmp_path: Path) -> None:
+    directory = CheckpointDirectory(CheckpointConfig(directory=tmp_path, keep=1, are_held=True))
+    steps = lambda: [int(path.name[5:]) for path in directory.checkpoints()]  # noqa: E731
+    for step in (1, 2, 3):
+        directory.add(step, Path.mkdir)
+    directory.let_go(2)
+    directory.let_go(1)  # told late: what was let go stays so
+    assert steps() == [1, 2, 3]
+    directory.add(4, Path.mkdir)
+    assert steps() == [3, 4]
+    directory.close()
+    again = CheckpointDirectory(CheckpointConfig(directory=tmp_path, keep=1, are_held=True, resume=True))
+    again.add(5, Path.mkdir)
+    assert steps() == [3, 4, 5], "held anew: nobody has said that they are not needed"
+    again.close()

@@ -18,7 +18,7 @@ from loquetier.errors import LoquetierError
 from loquetier.kernels.dropout import row_keys
 from loquetier.kernels.transfer import HostCopy
 from loquetier.training.data import Example
-from loquetier.training.job import EvalResult, EvalTask, FinetuneJob, JobStatus, StepRecord
+from loquetier.training.job import EvalResult, EvalTask, FinetuneJob, StepRecord
 from loquetier.training.loss import linear_cross_entropy
 from loquetier.training.replay import ReplayTape
 from loquetier.training.tape import GraphTape
@@ -54,7 +54,7 @@ class Trainer:
     @property
     def has_work(self) -> bool:
         """Something would run if a step were planned."""
-        return bool(self.tape or self.evaluations or any(j.status is JobStatus.RUNNING for j in self.jobs.values()))
+        return bool(self.tape or self.evaluations or any(j.may_run for j in self.jobs.values()))
 
     @property
     def open_units(self) -> int:

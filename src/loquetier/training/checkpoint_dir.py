@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import math
 import os
 import re
 import secrets
@@ -43,6 +44,8 @@ class CheckpointConfig:
     """Newest checkpoints that stay. At least 2 protect from damage to the last one."""
     resume: bool = False
     """Go on from the newest good checkpoint, if there is one. Without, the directory must hold none."""
+    are_held: bool = False
+    """None goes, also beyond `keep`, before `CheckpointDirectory.let_go` was told of its step."""
 
     def __post_init__(self) -> None:
         for name, value in (("checkpoint_every", self.every), ("checkpoints_to_keep", self.keep)):
@@ -73,6 +76,7 @@ class CheckpointDirectory:
 
     def __init__(self, config: CheckpointConfig, fail_point: FailPoint = no_fail_point) -> None:
         self.config, self.path, self._fail_point = config, config.directory.absolute(), fail_point
+        self._last_free: float = -1 if config.are_held else math.inf
         self.path.mkdir(parents=True, exist_ok=True)
         # The kernel drops the lock with the process, however that dies.
         self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -152,8 +156,14 @@ class CheckpointDirectory:
         """The newest checkpoint of this step; all of a step hold the same weights."""
         return next((path for path in reversed(self.checkpoints()) if _order(path)[0] == step), None)
 
+    def let_go(self, step: int) -> None:
+        """Nobody waits for the checkpoints up to this step any more: `add` may remove them. Any thread."""
+        self._last_free = max(self._last_free, step)
+
     def add(self, step: int, write: Callable[[Path], None], best_step: int | None = None) -> Path:
         """Have `write` make the next checkpoint, then remove those beyond `keep`, but not that of `best_step`.
+
+        Those that are held stay too.
 
         Errors are those of `write`.
         """
@@ -164,7 +174,7 @@ class CheckpointDirectory:
         self._fail_point("checkpoint.before_prune")
         best = None if best_step is None else self.at_step(best_step)
         for old in self.checkpoints()[: -self.config.keep]:
-            if old == best:
+            if old == best or _order(old)[0] > self._last_free:
                 continue
             # First out of sight, so that a kill in the middle leaves no half of a checkpoint under a good name.
             gone = old.with_name(f".{old.name}.old-{secrets.token_hex(8)}")

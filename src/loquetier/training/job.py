@@ -177,6 +177,8 @@ class FinetuneJob:
         self.history: list[StepRecord] = []
         self.versions: dict[int, int] = {}
         """Number of the version under which the weights of a step were published last, in this process."""
+        self.is_ahead = False
+        """Its checkpoints are still being written: no further step begins before they are."""
         self.evaluation: EvalTask | None = None
         """Running evaluation on the training slot; no training rows are offered meanwhile."""
         self.slot, self._optimizer = slot, optimizer
@@ -257,9 +259,14 @@ class FinetuneJob:
             self.num_steps == self.total_steps or (every > 0 and self.num_steps % every == 0)
         )
 
+    @property
+    def may_run(self) -> bool:
+        """Neither its state nor the disk keeps it from going on."""
+        return self.status is JobStatus.RUNNING and not self.is_ahead
+
     def ready_items(self) -> list[TrainItem]:
         """Examples of the current optimizer step not yet scheduled; draws the next step's when it may start."""
-        if self.status is not JobStatus.RUNNING or self.evaluation is not None:
+        if not self.may_run or self.evaluation is not None:
             return []
         if not self._todo and self._num_open == 0 and self.num_steps < self.total_steps:
             self._draw()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,13 +19,14 @@ from loquetier.finetuning import FinetuneHandle
 from loquetier.reporting.events import JobEvent, JobStart
 from loquetier.reporting.files import RESULTS_FILE
 from loquetier.server.jobs.bell import Bell
-from loquetier.server.jobs.keeper import CHECKPOINTS_KEPT, Keeper
+from loquetier.server.jobs.keeper import Keeper
 from loquetier.server.jobs.patience import ClosingError, Patience
 from loquetier.server.jobs.settings import resolved
 from loquetier.server.jobs.shape import step_message, step_metrics
 from loquetier.server.store.datadir import remove_durably
 from loquetier.server.store.jobs import EventRow, JobRow
 from loquetier.server.store.store import Store
+from loquetier.training.ending import improved_now
 from loquetier.training.job import JobStatus, StepRecord
 
 log = structlog.get_logger("loquetier.server.jobs")
@@ -80,6 +81,7 @@ class Recorder:
         try:
             self._write(change)
             self._keep_what_a_kill_cut_off(start.history)
+            self._handle.let_go(len(start.history))
         except ClosingError:
             log.warning("not_recorded", job=self.job.id, kind="begin")
 
@@ -92,13 +94,19 @@ class Recorder:
             self._tell(c, text, level="warn", once="truncated", data=data)
 
     def _keep_what_a_kill_cut_off(self, history: tuple[StepRecord, ...]) -> None:
-        """Checkpoints that are on the disk, and may not have become models before the process was killed."""
+        """Checkpoints that are on the disk and had not become models before the process was killed."""
         assert self._handle is not None
-        every = resolved(self.job.settings).checkpoint_every
-        due = [r for r in history if r.step % every == 0 or r.step == len(history)]
-        for record in due[-CHECKPOINTS_KEPT:]:
-            if self._handle.checkpoint_at(record.step) is not None:
+        # In the order of their steps: what comes before a kept one was kept too, and may have been deleted.
+        kept = max((version.step or 0 for version in self.store.adapters.versions(self.job.model)), default=0)
+        for record in history[kept:]:
+            if self._is_lasting(history[: record.step]) and self._handle.checkpoint_at(record.step) is not None:
                 self._keep(record)
+
+    def _is_lasting(self, history: Sequence[StepRecord]) -> bool:
+        """Whether the checkpoint of the last of these steps becomes a model; that of a server's stop does not."""
+        step = history[-1].step
+        every = resolved(self.job.settings).checkpoint_every
+        return step % every == 0 or step == self._total_steps or improved_now(history)
 
     def event(self, event: JobEvent) -> None:
         """Something happened. Raises only what is a bug of ours."""
@@ -128,8 +136,12 @@ class Recorder:
         elif event.kind == "warning" and record is not None:
             text = f"Step {record.step} was skipped: {event.reason}"
             self._write(lambda c: self._tell(c, text, level="warn", once=f"skip-{record.step}"))
-        elif event.kind == "checkpoint" and record is not None and event.checkpoint is not None:
-            self._keep(record)
+        elif event.kind == "checkpoint" and record is not None:
+            assert self._handle is not None
+            # At its end a job's last weights stay, wherever it ended.
+            if event.status.is_final or self._is_lasting(self._handle.history[: record.step]):
+                self._keep(record)
+            self._handle.let_go(record.step)
         elif event.kind == "status":
             self._status(event)
 
@@ -193,16 +205,13 @@ class Recorder:
         handle = self._handle
         assert handle is not None
         path = handle.checkpoint_at(record.step)
-        if path is None:
-            log.warning("checkpoint_pruned_before_it_was_kept", job=self.job.id, step=record.step)
+        if path is None:  # it could not be written
+            log.warning("checkpoint_missing", job=self.job.id, step=record.step)
             return
         best = handle.best
         is_live = handle.job.config.publish != "best" or (best is not None and best.step == record.step)
         number = handle.job.versions.get(record.step)
-        try:
-            self.keeper.keep_checkpoint(self.job, path, record, handle.job.spec, number, live=is_live)
-        except FileNotFoundError:  # pruned between the look and the link: a newer one is on its way
-            log.warning("checkpoint_pruned_before_it_was_kept", job=self.job.id, step=record.step)
+        self.keeper.keep_checkpoint(self.job, path, record, handle.job.spec, number, live=is_live)
         self.bell.ring(self.job.id)
 
     # --- the end ---

@@ -141,6 +141,7 @@ class RunningJobs:
                 checkpoint_dir=place / "checkpoints",
                 checkpoint_every=ready.checkpoint_every,
                 resume=True,
+                hold_checkpoints=True,
                 validate_in_background=True,
             )
         except BaseException:
