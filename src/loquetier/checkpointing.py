@@ -202,14 +202,24 @@ def _best_weights(
 
 
 def _check_storage(directory: CheckpointDirectory, job: NewJob, modules: tuple[ModulePlan, ...]) -> None:
-    """Whether there is room for the checkpoints that will lie there at once. Raises InsufficientStorageError."""
     per_step = job.config.batch_size * job.config.gradient_accumulation_steps
     steps = job.config.max_steps or job.config.num_epochs * -(-len(job.examples) // per_step)
     # A new one is complete before the oldest goes.
     most = min(directory.config.keep + 1, steps // directory.config.every + 1)
     count = max(1, most - len(directory.checkpoints()))
-    what = f"{count} checkpoints of job {job.name!r}"
-    check_room(directory.path, count * checkpoint_bytes(modules, steps), what, "lower checkpoints_to_keep or r")
+    check_checkpoints_fit(directory.path, job.name, modules, count, steps)
+
+
+def check_checkpoints_fit(
+    directory: Path, name: str, modules: tuple[ModulePlan, ...], count: int = 1, steps: int = 1
+) -> None:
+    """Whether there is room for so many checkpoints of a job, the last of them after `steps`.
+
+    Raises:
+        InsufficientStorageError: there is not, with the numbers.
+    """
+    what = f"{count} checkpoints of job {name!r}"
+    check_room(directory, count * checkpoint_bytes(modules, steps), what, "lower checkpoints_to_keep or r")
 
 
 def _place(image: JobImage) -> tuple[object, ...]:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from loquetier.adapters.registry import AdapterVersion
-from loquetier.adapters.spec import LinearTarget
-from loquetier.config import SamplingParams
+from loquetier.adapters.spec import AdapterSpec, LinearTarget
+from loquetier.config import SamplingParams, TrainingConfig
 from loquetier.engine.engine import Engine
 from loquetier.engine.loop import EngineLoop
 from loquetier.engine.prefix import CacheSpace
@@ -69,6 +69,14 @@ class EnginePort:
     def eos_token_ids(self) -> frozenset[int]:
         """The model's own end tokens."""
         return self._engine.base.loaded.eos_token_ids
+
+    def check_job(self, name: str, spec: AdapterSpec, config: TrainingConfig) -> None:
+        """Refuse a job with checkpoints that would be refused whatever its data is; waits for no step.
+
+        Raises:
+            AdapterMismatchError, ConfigError, OutOfAdapterMemoryError, OutOfTrainMemoryError: as `Runtime.finetune`.
+        """
+        self._engine.jobs.admission.check_settings(name, spec, config, saves=True)
 
     def versions(self) -> tuple[AdapterVersion, ...]:
         """Every adapter version, live and kept, as of now; one atomic copy, which waits for no step."""

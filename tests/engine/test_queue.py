@@ -171,6 +171,12 @@ def test_what_could_never_fit_is_refused_with_the_numbers() -> None:
         ):
             start(engine, "job", LoraSpec(r=2), CONFIG, long)
         assert not engine.has_work
+        check = engine.jobs.admission.check_settings  # what is known before the data is
+        check("job", LoraSpec(r=1), CONFIG, saves=True)
+        with pytest.raises(
+            OutOfTrainMemoryError, match=r"needs [\d.]+ MiB.*train_memory=1048576.*longest example has 1\)"
+        ):
+            check("job", LoraSpec(r=8), CONFIG, saves=True)
 
 
 def test_what_it_continues_from_counts_for_what_could_never_fit() -> None:

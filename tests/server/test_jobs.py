@@ -283,6 +283,14 @@ def test_pages_and_filters(live: Live, client: openai.OpenAI, file: FileObject) 
         ({"training": {"lr": 1}}, "training.lr: there is no such setting; there are learning_rate"),
         ({"hyperparameters": {"n_epochs": 100}}, "n_epochs: Input should be less than or equal to 50"),
         ({"max_steps": 3}, "as training.max_steps"),
+        ({"lora": {"r": 60000}}, "adapter_memory=16777216"),
+        ({"lora": {"r": 60000}}, "Lower r, choose fewer target_modules"),
+        ({"lora": {"r": 2, "rank_pattern": {"q_proj": 60000}}}, "adapter_memory=16777216"),
+        ({"training": {"max_seq_len": 5000}}, "training.max_seq_len=5000: this server has room for 256 tokens"),
+        (
+            {"lora": {"target_modules": ["q_proj"], "layers_to_transform": [1, 7]}},
+            "[7] are not layers of this base, whose last layer is 1",
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -313,7 +321,13 @@ def test_a_refusal_says_what_would_do(live: Live, file: FileObject, change: dict
         ({"lora": {"rank": 8}}, "lora.rank"),
         ({"lora": {"r": 0}}, "lora.r"),
         ({"lora": {"target_modules": ["no_such_proj"]}}, "lora"),
+        ({"lora": {"target_modules": r"(.+)+\.(.+)+!"}}, "lora"),
+        ({"lora": {"rank_pattern": {"no_such_proj": 4}}}, "lora"),
+        ({"lora": {"r": 60000}}, "lora"),
+        ({"lora": {"alpha": 1e30}}, "lora.alpha"),
         ({"lora": {"seed": 1}, "seed": 2}, "lora.seed"),
+        ({"training": {"max_seq_len": 100_000}}, "training.max_seq_len"),
+        ({"training": {"loraplus_lr_ratio": -1}}, "training.loraplus_lr_ratio"),
         ({"training": {"learning_rate": 1.5}}, "training.learning_rate"),
         ({"training": {"lr": 1}}, "training.lr"),
         ({"training": {"eval_every": 5}}, "training.eval_every"),
@@ -335,6 +349,19 @@ def test_what_is_refused(live: Live, file: FileObject, change: dict[str, Any], p
     found = error_of(response)
     assert str(found["param"]).startswith(param), found
     assert live.http("GET", f"{JOBS}?limit=1").json()["data"][:1] != [], "the jobs of other tests"
+
+
+def test_a_job_whose_checkpoints_have_no_room_is_not_made(
+    live: Live, file: FileObject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = live.http("GET", f"{JOBS}?limit=1").json()["data"]
+    with monkeypatch.context() as patch:
+        patch.setattr("loquetier.storage.free_bytes", lambda _: 1000)
+        refused = live.post(JOBS, {"model": BASE, "training_file": file.id})
+    assert refused.status_code == 507 and error_of(refused)["code"] == "insufficient_storage"
+    message = error_of(refused)["message"]
+    assert "1000 are free" in message and "'the data directory/jobs'" in message
+    assert live.http("GET", f"{JOBS}?limit=1").json()["data"] == before
 
 
 def test_row_27_training_data_that_cannot_be_used(live: Live, client: openai.OpenAI) -> None:

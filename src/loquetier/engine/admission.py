@@ -12,15 +12,17 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from loquetier.adapters.spec import ModulePlan
+from loquetier.adapters.spec import AdapterSpec, ModulePlan, resolve_modules
 from loquetier.base.model import Base
-from loquetier.config import EngineConfig
+from loquetier.config import EngineConfig, TrainingConfig
 from loquetier.engine.hold import Hold, HoldState
 from loquetier.engine.residency import Residency
 from loquetier.engine.trainer import Trainer
 from loquetier.errors import IntegrityError, OutOfAdapterMemoryError, OutOfTrainMemoryError
+from loquetier.training.example import Example
 from loquetier.training.job import FinetuneJob, JobImage
 from loquetier.training.memory import MemoryModel, MemoryNeeds
+from loquetier.training.optimizer import check_ratio
 
 ITS_TURN = "waits for its turn"
 
@@ -81,28 +83,43 @@ class Admission:
         """Uses of adapter versions by jobs that wait to continue from them."""
         return sum(t.source is not None for t in (*self._queue, *self._parked.values()))
 
+    def check_settings(self, name: str, spec: AdapterSpec, config: TrainingConfig, *, saves: bool) -> None:
+        """Refuse a job that would be refused with any data; it is tried with two tokens. Any thread.
+
+        Raises:
+            AdapterMismatchError, ConfigError, OutOfAdapterMemoryError, OutOfTrainMemoryError: as when it is started.
+        """
+        modules = resolve_modules(spec, self.trainer.base.targets)
+        check_ratio(config, modules)
+        least = Example(tokens=(0, 0), learn=(True, True))
+        self._check_fits(name, self.model.needs(config, modules, (least,), (), saves=saves))
+
     def check_possible(self, ticket: Ticket) -> None:
         """Whether the job would fit if it were alone.
 
         Raises:
             OutOfAdapterMemoryError, OutOfTrainMemoryError: it would not, with the numbers and the ways out.
         """
-        arena, estimate = self.trainer.arena, ticket.needs.estimate
         source = 0 if ticket.source is None else ticket.source.version.num_bytes
+        self._check_fits(ticket.job.name, ticket.needs, source)
+
+    def _check_fits(self, name: str, needs: MemoryNeeds, source: int = 0) -> None:
+        """`source`: bytes of the version that it continues from."""
+        arena, estimate = self.trainer.arena, needs.estimate
         if estimate.arena + source > arena.total_bytes:
             raise OutOfAdapterMemoryError(
-                f"job {ticket.job.name!r} needs {_mib(estimate.arena + source)} of adapter memory "
+                f"job {name!r} needs {_mib(estimate.arena + source)} of adapter memory "
                 f"({_mib(estimate.slot)} to train in, {_mib(estimate.published + estimate.publishing)} to publish to, "
                 f"{_mib(source)} to continue from), more than the arena has when all of it is free: "
                 f"adapter_memory={arena.total_bytes} ({_mib(arena.total_bytes)}). Lower r, choose fewer "
                 "target_modules, publish at the end only, or raise adapter_memory."
             )
         limit = self.model.train_memory
-        if limit is not None and self.model.smallest(ticket.needs) > limit:
+        if limit is not None and self.model.smallest(needs) > limit:
             raise OutOfTrainMemoryError(
-                f"job {ticket.job.name!r} needs {_mib(self.model.smallest(ticket.needs))} to train even alone, more "
+                f"job {name!r} needs {_mib(self.model.smallest(needs))} to train even alone, more "
                 f"than train_memory={limit} ({_mib(limit)}): {_mib(estimate.state)} for its state, the rest for a "
-                f"tape of {estimate.rows} rows (the longest example has {ticket.needs.longest}). Lower "
+                f"tape of {estimate.rows} rows (the longest example has {needs.longest}). Lower "
                 "max_train_rows, max_seq_len, batch_size or r, choose fewer target_modules, or raise train_memory."
             )
 

@@ -14,7 +14,15 @@ import structlog
 
 from loquetier.adapters.registry import check_name
 from loquetier.adapters.spec import resolve_modules
-from loquetier.errors import AdapterError, ConfigError, ServeOnlyError
+from loquetier.checkpointing import check_checkpoints_fit
+from loquetier.errors import (
+    AdapterError,
+    ConfigError,
+    InsufficientStorageError,
+    OutOfAdapterMemoryError,
+    OutOfTrainMemoryError,
+    ServeOnlyError,
+)
 from loquetier.server.auth import Principal
 from loquetier.server.file_check import CHECKED_PURPOSE
 from loquetier.server.file_desk import no_such_file
@@ -85,15 +93,12 @@ class JobDesk:
                 raise bad(f"only the base {base!r} can be fine-tuned over HTTP", "model", "invalid_value")
             raise model_not_found(body.model)
         settings = asked(body)
-        try:
-            resolve_modules(resolved(resolve(settings, 100)).spec, self.running.runtime.port.targets)
-        except (AdapterError, ConfigError) as error:
-            raise bad(f"lora: {error}"[:1000], "lora", error.code) from error
+        short = "".join(secrets.choice(_LETTERS) for _ in range(8))
+        model = f"ft:{base}:{who.owner}:{body.suffix or ''}:{short}"
+        self._check_settings(model, body, settings)
         for name, file_id in (("training_file", body.training_file), ("validation_file", body.validation_file)):
             if file_id is not None:
                 self._check_file(who, name, file_id)
-        short = "".join(secrets.choice(_LETTERS) for _ in range(8))
-        model = f"ft:{base}:{who.owner}:{body.suffix or ''}:{short}"
         try:
             check_name(f"{model}:ckpt-step-{10**9}")
         except ConfigError as error:
@@ -111,6 +116,31 @@ class JobDesk:
             settings=settings,
             metadata=body.metadata,
         )
+
+    def _check_settings(self, model: str, body: CreateJob, settings: dict[str, Any]) -> None:
+        """Refuse what the job's start would refuse, as far as that goes without the data. Raises ApiError."""
+        port = self.running.runtime.port
+        wanted = None if body.training is None else body.training.max_seq_len
+        if wanted is not None and wanted > port.max_context:
+            raise bad(
+                f"training.max_seq_len={wanted}: this server has room for {port.max_context} tokens of context; give "
+                "at most that, or leave it out",
+                "training.max_seq_len",
+                "context_length_exceeded",
+            )
+        ready = resolved(resolve(settings, 1))
+        try:
+            modules = resolve_modules(ready.spec, port.targets)
+            port.check_job(model, ready.spec, ready.training)
+        except OutOfTrainMemoryError as error:
+            raise bad(f"even with an example of two tokens, {error}"[:1000], "training", error.code) from error
+        except (AdapterError, ConfigError, OutOfAdapterMemoryError) as error:
+            raise bad(f"lora: {error}"[:1000], "lora", error.code) from error
+        try:
+            check_checkpoints_fit(self.store.data_dir.jobs, model, modules)
+        except InsufficientStorageError as error:
+            told = str(error).replace(str(self.store.data_dir.root), "the data directory")
+            raise ApiError(error.status, told, code=error.code) from error
 
     def _check_file(self, who: Principal, param: str, file_id: str) -> None:
         file = self.store.files.find(file_id, who.owner)
