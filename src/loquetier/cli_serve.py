@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -120,6 +121,7 @@ def serve(
 
     telemetry = open_telemetry(os.environ)
     store = open_store(data_dir, fail_point=fail_points(os.environ))
+    engine = replace(engine, adapter_spill=str(store.data_dir.spill))
     runtime = Runtime(base, adapters=adapters, config=engine)
     store.bind(runtime.base_name, runtime.base_fingerprint)
     services = build_services(runtime, settings, keys, base_root=base, store=store, telemetry=telemetry)

@@ -36,6 +36,7 @@ SERVER_POINTS: Final = (
     "create.after_commit",
     "adapter.before_rename",
     "adapter.before_commit",
+    "load.after_commit",
     "finish.before_commit",
     "finish.after_commit",
     "unload.before_commit",

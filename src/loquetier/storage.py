@@ -9,11 +9,12 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from loquetier.errors import InsufficientStorageError
 
 log = logging.getLogger("loquetier.jobs")
+T = TypeVar("T")
 
 FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
@@ -101,6 +102,16 @@ def out_of_room(directory: Path, needed: int) -> InsufficientStorageError:
         f"{str(directory)!r}: {needed} bytes needed, {free_bytes(directory)} free; make room, or choose another "
         "directory"
     )
+
+
+def with_room(directory: Path, work: Callable[[], T]) -> T:
+    """`work`, which writes below `directory`. Raises InsufficientStorageError where that is full."""
+    try:
+        return work()
+    except OSError as error:
+        if error.errno in FULL and not isinstance(error, InsufficientStorageError):
+            raise out_of_room(directory, 1 << 20) from error
+        raise
 
 
 def check_room(directory: Path, needed: int, what: str, fewer: str) -> None:

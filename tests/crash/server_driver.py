@@ -1,4 +1,4 @@
-"""Drives a server through one story (upload, job, model, delete) over many lives, each ended by a kill; prints JSON.
+"""Drives a server through one story (load, upload, job, model, delete) over many lives, each ended by a kill; JSON out.
 
 Run as a script; POSIX only. The parent imports everything once, before any thread, and forks a child per life of the
 server; it is the client. Nothing of torch runs in the parent.
@@ -60,7 +60,7 @@ def live(base: Path, data: Path, pipe: int, seconds: float | None) -> int:
         timer.daemon = True
         timer.start()
     configure_logs("error")
-    settings = ServerSettings(port=0, grace_seconds=2.0)
+    settings = ServerSettings(port=0, grace_seconds=2.0, adapter_root=base.parent)
     opened = open_socket(settings)
     store = open_store(data, fail_point=fail_points(os.environ))
     runtime = Runtime(str(base), config=CONFIG)
@@ -174,8 +174,10 @@ def check_database(data: Path) -> None:
 
 
 def story(lives: Lives) -> dict[str, Any]:
-    """Upload, train, ask, delete; each request is sent again, with its key, until it is answered."""
+    """Load, upload, train, ask, delete; each request is sent again, with its key, until it is answered."""
     lives.start()
+    as_json = {"Content_Type": "application/json"}
+    given = load_and_unload(lives)
     multipart = (
         b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n'
         b'--b\r\nContent-Disposition: form-data; name="file"; filename="x.jsonl"\r\n\r\n' + FILE + b"\r\n--b--\r\n"
@@ -184,7 +186,6 @@ def story(lives: Lives) -> dict[str, Any]:
     file = answer(lives.insist("POST", "/v1/files", multipart, Content_Type=kind, Idempotency_Key="file"))
     wanted = JOB | {"model": lives.base.name, "training_file": file["id"]}
     body = json.dumps(wanted).encode()
-    as_json = {"Content_Type": "application/json"}
     job = answer(lives.insist("POST", "/v1/fine_tuning/jobs", body, Idempotency_Key="job", **as_json))
     path = f"/v1/fine_tuning/jobs/{job['id']}"
     while job["status"] not in ("succeeded", "failed", "cancelled"):
@@ -192,8 +193,7 @@ def story(lives: Lives) -> dict[str, Any]:
         job = answer(lives.insist("GET", path))
     assert job["status"] == "succeeded", job
     model = str(job["fine_tuned_model"])
-    ask = json.dumps({"model": model, "prompt": "a?", "max_tokens": 6, "temperature": 0, "ignore_eos": True}).encode()
-    text = answer(lives.insist("POST", "/v1/completions", ask, **as_json))["choices"][0]["text"]
+    text = said(lives, model)
     gone = f"{model}:ckpt-step-{STEPS}"
     status, _ = lives.insist("DELETE", f"/v1/models/{gone}")
     assert status in (200, 404), "404 where the kill came after the commit"
@@ -201,12 +201,37 @@ def story(lives: Lives) -> dict[str, Any]:
     lives.start()  # and what was acknowledged is there
     assert lives.insist("GET", f"/v1/models/{gone}")[0] == 404
     assert lives.insist("GET", f"/v1/files/{file['id']}/content")[1] == FILE
-    found = outcome(lives, job["id"], model) | {"text": text}
-    assert answer(lives.insist("POST", "/v1/completions", ask, **as_json))["choices"][0]["text"] == text
+    found = outcome(lives, job["id"], model) | {"text": text, "given": given}
+    assert said(lives, model) == text and said(lives, "mine") == given
+    loaded = {a["id"]: a["pinned"] for a in answer(lives.insist("GET", "/v1/adapters"))["data"]}
+    assert loaded["mine"] is True and "gone" not in loaded, loaded
     lives.stop()
     check_database(lives.data)
     leftovers = [p.name for p in lives.data.rglob("*") if ".tmp-" in p.name or ".old-" in p.name]
     return found | {"leftovers": leftovers + [p.name for p in (lives.data / "tmp").iterdir()], "kills": lives.kills}
+
+
+def load_and_unload(lives: Lives) -> str:
+    """Load an adapter, and pin it; load another one, and unload it. Returns what the first one says."""
+    as_json = {"Content_Type": "application/json"}
+
+    def change(path: str, body: dict[str, str], again: int) -> None:
+        status, text = lives.insist("POST", path, json.dumps(body).encode(), **as_json)
+        # The other status is that of a request whose first sending was done when the kill came.
+        assert status == 200 or (lives.kills and status == again), (path, status, text)
+
+    change("/v1/load_lora_adapter", {"lora_name": "mine", "lora_path": "given"}, again=400)
+    change("/v1/adapters/pin", {"lora_name": "mine"}, again=200)
+    change("/v1/load_lora_adapter", {"lora_name": "gone", "lora_path": "given"}, again=400)
+    change("/v1/unload_lora_adapter", {"lora_name": "gone"}, again=404)
+    return said(lives, "mine")
+
+
+def said(lives: Lives, model: str) -> str:
+    """A model's greedy answer."""
+    ask = {"model": model, "prompt": "a?", "max_tokens": 6, "temperature": 0, "ignore_eos": True}
+    found = lives.insist("POST", "/v1/completions", json.dumps(ask).encode(), Content_Type="application/json")
+    return str(answer(found)["choices"][0]["text"])
 
 
 def answer(found: tuple[int, bytes]) -> dict[str, Any]:

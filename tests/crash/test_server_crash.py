@@ -1,4 +1,4 @@
-"""A server killed anywhere between an upload and the unload of what was trained has lost nothing it acknowledged."""
+"""A server killed anywhere between a load and the unload of what was trained has lost nothing it acknowledged."""
 
 from __future__ import annotations
 
@@ -10,12 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.server.fixtures import make_adapter
 from tests.tiny import save_tiny
 
+from loquetier.config import EngineConfig
 from loquetier.failpoints import SERVER_POINTS
+from loquetier.runtime import Runtime
 
 ROOT = Path(__file__).parents[2]
 STORY = (
+    "adapter.before_rename",
+    "adapter.before_commit",
+    "load.after_commit",
+    "unload.before_commit",
+    "unload.after_commit",
     "upload.before_rename",
     "upload.before_commit",
     "upload.after_commit",
@@ -39,6 +47,9 @@ STORY = (
 def report_of(directory: Path, *options: str) -> dict[str, Any]:
     """Run the driver in a process of its own: this one may have threads, and a process with threads must not fork."""
     save_tiny(directory / "base", "llama", vocab=260)
+    config = EngineConfig(dtype="float32", device="cpu", kv_memory=1 << 20, adapter_memory=1 << 20)
+    with Runtime(str(directory / "base"), config=config) as runtime:
+        make_adapter(runtime, directory / "given", seed=1)
     command = [
         sys.executable,
         str(ROOT / "tests" / "crash" / "server_driver.py"),
@@ -57,7 +68,8 @@ def check(report: dict[str, Any]) -> None:
     assert [step for step, _ in whole["steps"]] == list(range(1, 13)) and whole["counts"] == [2, 1]
     assert whole["checkpoints"] == [9, 6] and whole["numbers_rise"] and whole["messages"][-1].startswith("The job has")
     for story in report["stories"]:
-        for what in ("weights", "steps", "results", "tokens", "text", "counts", "numbers_rise", "checkpoints"):
+        same = ("weights", "steps", "results", "tokens", "text", "given", "counts", "numbers_rise", "checkpoints")
+        for what in same:
             assert story[what] == whole[what], f"{what} after {story['kills']}"
         assert sorted(story["messages"]) == sorted(whole["messages"]), story["kills"]
         assert story["leftovers"] == story["orphans"] == story["job_rooms"] == []

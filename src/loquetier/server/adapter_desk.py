@@ -39,6 +39,8 @@ class AdapterDesk:
     root: Path | None
     clock: Callable[[], float]
     wall: Callable[[], float]
+    forget: Callable[[str], int]
+    """Unloads an adapter by its name, on a worker thread; returns the bytes freed."""
     ledger: AdapterLedger | None = None
     """What is durable; None = what is loaded is gone after a restart."""
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -56,7 +58,7 @@ class AdapterDesk:
             if (not is_new and not in_place) or not self.models.may_change(who, name):
                 raise _exists(name)
             began = self.clock()
-            info = await asyncio.to_thread(self._read, who, name, path, is_new)
+            info = await asyncio.shield(asyncio.to_thread(self._read, who, name, path, is_new))
             self.models.note(name, path, int(self.wall()))
             self.metrics.adapter_loaded(self.clock() - began)
         log.info("adapter_loaded", adapter=name, version=info.version, bytes=info.num_bytes)
@@ -67,7 +69,7 @@ class AdapterDesk:
         directory = jailed(path, self.root)
         try:
             if self.ledger is not None:
-                return self.ledger.load(who, name, directory)
+                return self.ledger.load(who, name, directory, path)
             return self.runtime.load_adapter(name, directory, replace=not is_new)
         except AdapterExistsError as error:
             raise ApiError(400, str(error), code=error.code, kind="InvalidUserInput", param="lora_name") from error
@@ -78,11 +80,10 @@ class AdapterDesk:
 
     async def unload(self, who: Principal, name: str) -> int:
         """Stop serving `name`; returns the bytes that are or will be freed. Raises ApiError 404, or 400 in use."""
-        unload = self.runtime.unload_adapter if self.ledger is None else self.ledger.unload
         async with self._turn:
             self._check(who, name, not_loaded(name))
             try:
-                freed = await asyncio.shield(asyncio.to_thread(unload, name))
+                freed = await asyncio.shield(asyncio.to_thread(self.forget, name))
             except LoquetierError as error:
                 if isinstance(error, AdapterNotFoundError) or not _NAME.fullmatch(name):
                     raise not_loaded(name) from error

@@ -36,7 +36,7 @@ class ModelBook:
             ApiError: 404, for what does not exist as for what this key may not use.
         """
         name = model.partition("@")[0] if model != self.port.base_name else model
-        if not who.may_use(name) or (self.durable is not None and self.durable.stranger(name, who.owner)):
+        if not self._may_see(who, name):
             raise model_not_found(model)
         if model == self.port.base_name:
             return None
@@ -50,18 +50,24 @@ class ModelBook:
 
     def names(self, who: Principal) -> list[str]:
         """Adapters that this key may use, in the order of their names."""
-        strangers = self._strangers(who)
-        return sorted(
-            v.name for v in self.port.versions() if v.is_live and who.may_use(v.name) and v.name not in strangers
-        )
+        hidden = self._hidden(who)
+        live = [v.name for v in self.port.versions() if v.is_live]
+        return sorted(name for name in live if who.may_use(name) and name not in hidden)
+
+    def _hidden(self, who: Principal) -> set[str]:
+        """Adapters of other owners, but for those that the key names."""
+        strangers = set() if self.durable is None else self.durable.strangers(who.owner)
+        return strangers - (who.adapters or frozenset())
+
+    def _may_see(self, who: Principal, name: str) -> bool:
+        """Its own adapters, those that nobody owns (--adapter), and those that the key names."""
+        if who.adapters is not None:
+            return name in who.adapters
+        return self.durable is None or not self.durable.stranger(name, who.owner)
 
     def may_change(self, who: Principal, name: str) -> bool:
         """Whether this key may load over, unload or pin the adapter called `name`, if there is one."""
-        return who.may_use(name) and name not in self._strangers(who)
-
-    def _strangers(self, who: Principal) -> set[str]:
-        """What other owners' jobs made."""
-        return set() if self.durable is None else self.durable.strangers(who.owner)
+        return who.may_use(name) and (self.durable is None or not self.durable.stranger(name, who.owner))
 
     def note(self, name: str, root: str, created: int) -> None:
         """Remember where an adapter came from, and forget what is not served any more."""
@@ -77,8 +83,8 @@ class ModelBook:
 
     def cards(self, who: Principal) -> list[dict[str, Any]]:
         """The base first, then adapters in the order they came; only what this key may use."""
-        strangers = self._strangers(who)
-        live = [v for v in self.port.versions() if v.is_live and who.may_use(v.name) and v.name not in strangers]
+        hidden = self._hidden(who)
+        live = [v for v in self.port.versions() if v.is_live and who.may_use(v.name) and v.name not in hidden]
         base = [self.card(None)] if who.may_use(self.port.base_name) else []
         return [*base, *(self.card(v) for v in live)]
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from loquetier.engine_port import EnginePort
 from loquetier.runtime import Runtime
 from loquetier.server.adapter_desk import AdapterDesk
+from loquetier.server.adapter_ledger import AdapterLedger
 from loquetier.server.admission import Admission
 from loquetier.server.auth import KeyRing
 from loquetier.server.grammar import GrammarDesk
@@ -71,6 +72,11 @@ def build_services(
     port = runtime.port
     models = ModelBook(port, base_root or runtime.base_name, int(wall()), None if store is None else store.adapters)
     admission = Admission(settings, clock)
+    ledger = None if store is None else AdapterLedger(store, runtime)
+    tuning = None
+    if store is not None and ledger is not None:
+        tuning = build_tuning(runtime, store, ledger, settings, admission, models, wall)
+    unload = runtime.unload_adapter if tuning is None else tuning.unload
     metrics = Metrics(settings, port.base_name)
     runtime.on_swapped_in(metrics.adapter_swapped_in)
     telemetry = telemetry or Telemetry()
@@ -86,12 +92,12 @@ def build_services(
         bad_keys=BadKeys(clock, settings.bad_keys_per_minute),
         admission=admission,
         models=models,
-        adapters=AdapterDesk(runtime, port, models, metrics, settings.adapter_root, clock, wall),
+        adapters=AdapterDesk(runtime, port, models, metrics, settings.adapter_root, clock, wall, unload, ledger),
         quarantine=Quarantine(clock, models.label_of),
         text=TextDesk(runtime.tokenizer, runtime.base_name, runtime.max_context),
         grammars=GrammarDesk(runtime.tokenizer, port.vocab_size, port.eos_token_ids),
         metrics=metrics,
         watch=Watch(port, settings, clock),
         telemetry=telemetry,
-        tuning=None if store is None else build_tuning(runtime, store, settings, admission, models, wall),
+        tuning=tuning,
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import structlog
 
 from loquetier.runtime import Runtime
+from loquetier.server.adapter_ledger import AdapterLedger
 from loquetier.server.admission import Admission
 from loquetier.server.file_check import FileChecker
 from loquetier.server.file_desk import FileDesk
@@ -31,6 +32,7 @@ class Tuning:
 
     runtime: Runtime
     store: Store
+    ledger: AdapterLedger
     settings: ServerSettings
     admission: Admission
     models: ModelBook
@@ -44,9 +46,10 @@ class Tuning:
 
     def start(self) -> None:
         """Take up what the process before left: adapters first, so that a job's next publish is the newer version."""
+        self.ledger.open()
         self.checker.start()
         for adapter in self.store.adapters.all():
-            if adapter.source != "loaded" and adapter.live_number is not None:
+            if adapter.live_number is not None:
                 self.running.shelf.serve(adapter.name)
         self.running.recover()
 
@@ -60,6 +63,13 @@ class Tuning:
         """Forget an adapter of a job or a checkpoint, durably; what is under way ends on it."""
         await asyncio.shield(asyncio.to_thread(self.changes.delete_model, name))
 
+    def unload(self, name: str) -> int:
+        """Forget an adapter, whoever made it, durably; returns the bytes freed. Waits. Raises as the two ways do."""
+        known = self.store.adapters.find(name)
+        if known is not None and known.job_id is not None:
+            return self.changes.delete_model(name)
+        return self.ledger.unload(name)
+
     def close(self) -> None:
         """After the engine has stopped. The store stays open."""
         self.checker.close()
@@ -69,6 +79,7 @@ class Tuning:
 def build_tuning(
     runtime: Runtime,
     store: Store,
+    ledger: AdapterLedger,
     settings: ServerSettings,
     admission: Admission,
     models: ModelBook,
@@ -76,11 +87,12 @@ def build_tuning(
 ) -> Tuning:
     """The parts over one runtime and one store."""
     checker, bell = FileChecker(store), Bell()
-    running = RunningJobs(runtime, store, checker, bell, Patience(store), Shelf(runtime, store, models))
+    running = RunningJobs(runtime, store, checker, bell, Patience(store), Shelf(ledger, models))
     changes = JobChanges(store, running)
     return Tuning(
         runtime=runtime,
         store=store,
+        ledger=ledger,
         settings=settings,
         admission=admission,
         models=models,

@@ -104,8 +104,11 @@ class JobChanges:
         log.info("job_changed", job=job_id, change=verb)
         return self.find(who, job_id)
 
-    def delete_model(self, name: str) -> None:
-        """Forget a job's model or one of its checkpoints. Raises ApiError 400 while the job trains it, 404."""
+    def delete_model(self, name: str) -> int:
+        """Forget a job's model or one of its checkpoints; requests under way end on it, and then its files go.
+
+        Returns the bytes of memory freed. Raises ApiError 400 while the job trains it, 404.
+        """
         adapter = self.store.adapters.find(name)
         if adapter is None or adapter.job_id is None:
             raise model_not_found(name)
@@ -125,9 +128,9 @@ class JobChanges:
         if not gone:
             raise model_not_found(name)
         self.store.fail_point("unload.after_commit")
-        self.running.shelf.withdraw(name)
-        self.store.adapters.tidy(directories)
+        freed = self.running.shelf.withdraw([name], directories)
         log.info("model_deleted", model=name)
+        return freed
 
 
 def no_such_job(job_id: str) -> ApiError:

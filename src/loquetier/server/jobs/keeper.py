@@ -6,10 +6,9 @@ import hashlib
 import os
 import secrets
 import sqlite3
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 import structlog
 
@@ -17,7 +16,6 @@ from loquetier.adapters.durable import fsync_directory
 from loquetier.adapters.peft_config import adapter_digest
 from loquetier.adapters.peft_write import CONFIG_NAME, WEIGHTS_NAME
 from loquetier.adapters.spec import AdapterSpec
-from loquetier.errors import InsufficientStorageError
 from loquetier.server.jobs.patience import Patience
 from loquetier.server.jobs.shape import checkpoint_metrics
 from loquetier.server.jobs.shelf import Shelf
@@ -25,11 +23,10 @@ from loquetier.server.store.adapters import VersionRow
 from loquetier.server.store.files import FileRow
 from loquetier.server.store.jobs import CheckpointRow, JobRow
 from loquetier.server.store.store import Store
-from loquetier.storage import FULL, out_of_room
+from loquetier.storage import with_room
 from loquetier.training.job import StepRecord
 
 log = structlog.get_logger("loquetier.server.jobs")
-T = TypeVar("T")
 
 CHECKPOINTS_KEPT: Final = 3
 """Newest checkpoints of a job that stay as models, as OpenAI keeps those of three epochs."""
@@ -58,7 +55,7 @@ class Keeper:
             return  # this step was kept before a restart
         # Linked, not copied: the engine never writes a checkpoint's files again, only removes them.
         place = self.patience.run(
-            lambda: _with_room(adapters.data_dir.adapters, lambda: adapters.place(path, link=True))
+            lambda: with_room(adapters.data_dir.adapters, lambda: adapters.place(path, link=True))
         )
         weights = place / WEIGHTS_NAME
         with weights.open("rb") as file:
@@ -81,9 +78,7 @@ class Keeper:
 
         dropped, directories = self.patience.write(change)
         self.shelf.serve(model)
-        for name in dropped:
-            self.shelf.withdraw(name)
-        self.store.adapters.tidy(directories)
+        self.shelf.withdraw(dropped, directories)
 
     def _drop_old(self, c: sqlite3.Connection, job: JobRow) -> tuple[list[str], list[str]]:
         """Forget checkpoints beyond the newest, but not the one that the job's model is.
@@ -128,15 +123,5 @@ class Keeper:
             os.rename(temporary, final)
             fsync_directory(final.parent)
 
-        self.patience.run(lambda: _with_room(final.parent, write))
+        self.patience.run(lambda: with_room(final.parent, write))
         return file
-
-
-def _with_room(directory: Path, work: Callable[[], T]) -> T:
-    """`work`, with a full disk told as such."""
-    try:
-        return work()
-    except OSError as error:
-        if error.errno in FULL and not isinstance(error, InsufficientStorageError):
-            raise out_of_room(directory, 1 << 20) from error
-        raise

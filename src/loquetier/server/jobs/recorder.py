@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,12 +21,10 @@ from loquetier.reporting.files import RESULTS_FILE
 from loquetier.server.jobs.bell import Bell
 from loquetier.server.jobs.keeper import Keeper
 from loquetier.server.jobs.patience import ClosingError, Patience
-from loquetier.server.jobs.settings import resolved
 from loquetier.server.jobs.shape import step_message, step_metrics
 from loquetier.server.store.datadir import remove_durably
 from loquetier.server.store.jobs import EventRow, JobRow
 from loquetier.server.store.store import Store
-from loquetier.training.ending import improved_now
 from loquetier.training.job import JobStatus, StepRecord
 
 log = structlog.get_logger("loquetier.server.jobs")
@@ -99,14 +97,8 @@ class Recorder:
         # In the order of their steps: what comes before a kept one was kept too, and may have been deleted.
         kept = max((version.step or 0 for version in self.store.adapters.versions(self.job.model)), default=0)
         for record in history[kept:]:
-            if self._is_lasting(history[: record.step]) and self._handle.checkpoint_at(record.step) is not None:
+            if self._handle.checkpoint_at(record.step) is not None:
                 self._keep(record)
-
-    def _is_lasting(self, history: Sequence[StepRecord]) -> bool:
-        """Whether the checkpoint of the last of these steps becomes a model; that of a server's stop does not."""
-        step = history[-1].step
-        every = resolved(self.job.settings).checkpoint_every
-        return step % every == 0 or step == self._total_steps or improved_now(history)
 
     def event(self, event: JobEvent) -> None:
         """Something happened. Raises only what is a bug of ours."""
@@ -138,9 +130,7 @@ class Recorder:
             self._write(lambda c: self._tell(c, text, level="warn", once=f"skip-{record.step}"))
         elif event.kind == "checkpoint" and record is not None:
             assert self._handle is not None
-            # At its end a job's last weights stay, wherever it ended.
-            if event.status.is_final or self._is_lasting(self._handle.history[: record.step]):
-                self._keep(record)
+            self._keep(record)
             self._handle.let_go(record.step)
         elif event.kind == "status":
             self._status(event)

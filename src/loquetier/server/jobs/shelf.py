@@ -1,52 +1,47 @@
-"""Has adapters that are on the disk answer: those of ended jobs after a restart, checkpoints as they are made."""
+"""Has adapters that are on the disk answer: after a restart, and checkpoints as they are made."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-import structlog
-
-from loquetier.engine.engine import Engine
-from loquetier.errors import AdapterNotFoundError, EngineStoppedError, LoquetierError
-from loquetier.runtime import Runtime
+from loquetier.errors import AdapterNotFoundError, EngineStoppedError
+from loquetier.server.adapter_ledger import AdapterLedger
 from loquetier.server.models import ModelBook
-from loquetier.server.store.store import Store
-
-log = structlog.get_logger("loquetier.server.jobs")
 
 
 @dataclass(frozen=True, slots=True)
 class Shelf:
     """Any thread but the engine's."""
 
-    runtime: Runtime
-    store: Store
+    ledger: AdapterLedger
     models: ModelBook
 
     def serve(self, name: str) -> None:
-        """Load the live version of an adapter under its own number.
+        """Have an adapter answer under its versions' own numbers; its weights come in when they are asked for.
 
-        What is wrong with it, or no room for it in memory, is told and stops nothing else.
+        What is wrong with its files is told and stops nothing else.
         """
-        adapter, version = self.store.adapters.find(name), self.store.adapters.version(name)
-        if adapter is None or version is None:
+        adapters = self.ledger.store.adapters
+        adapter = adapters.find(name)
+        if adapter is None:
             return  # deleted meanwhile
+        with suppress(EngineStoppedError):
+            if not self.ledger.restore(adapter):
+                return
+            self.models.note(name, adapter.root, adapter.created_at)
+            if adapters.find(name) is None:  # deleted between the two: its files may be gone
+                self.withdraw([name], [])
 
-        def number(engine: Engine) -> None:
-            engine.registry.number_after(name, version.number - 1)
+    def withdraw(self, names: Sequence[str], directories: Sequence[str]) -> int:
+        """After their rows have gone: they do not answer any more; what is under way ends on them, then files go.
 
-        try:
-            self.runtime.port.call(number).result()
-            self.runtime.load_adapter(name, self.store.adapters.path(version))
-        except EngineStoppedError:
-            return
-        except LoquetierError as error:
-            log.error("adapter_not_served", adapter=name, problem=str(error))
-            return
-        self.models.note(name, adapter.root, adapter.created_at)
-
-    def withdraw(self, name: str) -> None:
-        """It does not answer any more; what is under way ends on it."""
-        with suppress(AdapterNotFoundError, EngineStoppedError):  # it may not have been in memory
-            self.runtime.unload_adapter(name)
+        Returns the bytes of memory freed.
+        """
+        freed = 0
+        for name in names:
+            with suppress(AdapterNotFoundError, EngineStoppedError):  # damaged ones are rows only
+                freed += self.ledger.runtime.unload_adapter(name)
+        self.ledger.tidy(directories)
+        return freed

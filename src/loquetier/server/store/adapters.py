@@ -22,7 +22,7 @@ from loquetier.server.store.database import Database
 from loquetier.server.store.datadir import DataDir, remove_durably
 
 Source = Literal["loaded", "job", "checkpoint"]
-"""Given by `load_lora_adapter` or --adapter; in training by a job or made by one; a job's checkpoint."""
+"""Given by `load_lora_adapter`; in training by a job or made by one; a job's checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +167,10 @@ class AdapterTable:
         """Another version answers as `name`."""
         c.execute("UPDATE adapters SET live_number = ? WHERE name = ?", (number, name))
 
+    def set_root(self, c: sqlite3.Connection, name: str, root: str) -> None:
+        """Its weights come from elsewhere now."""
+        c.execute("UPDATE adapters SET root = ? WHERE name = ?", (root, name))
+
     def set_pinned(self, c: sqlite3.Connection, name: str, is_pinned: bool) -> None:
         """Whether it may be taken out of memory."""
         c.execute("UPDATE adapters SET is_pinned = ? WHERE name = ?", (is_pinned, name))
@@ -198,13 +202,13 @@ class AdapterTable:
         )
 
     def stranger(self, name: str, owner: str) -> bool:
-        """Whether `name` is a job's adapter, or a checkpoint, of another owner."""
-        row = self.database.row("SELECT owner FROM adapters WHERE name = ? AND source <> 'loaded'", (name,))
+        """Whether `name` is an adapter of another owner."""
+        row = self.database.row("SELECT owner FROM adapters WHERE name = ?", (name,))
         return row is not None and row["owner"] != owner
 
     def strangers(self, owner: str) -> set[str]:
         """Every such name."""
-        rows = self.database.rows("SELECT name FROM adapters WHERE source <> 'loaded' AND owner <> ?", (owner,))
+        rows = self.database.rows("SELECT name FROM adapters WHERE owner <> ?", (owner,))
         return {row["name"] for row in rows}
 
     def directories(self) -> set[str]:

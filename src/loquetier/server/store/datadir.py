@@ -32,6 +32,8 @@ class DataDir:
         self.root = root.absolute()
         self.files, self.jobs = self.root / "files", self.root / "jobs"
         self.adapters, self.temporary = self.root / "adapters", self.root / "tmp"
+        # Published versions that left memory: jobs publish again after a restart, so none outlives its process.
+        self.spill = self.root / "spill"
         self._lock = -1
         try:
             self._open()
@@ -60,9 +62,9 @@ class DataDir:
                 f"--data-dir {str(self.root)!r} has {lost.name}/ but no {DATABASE}: without it nobody knows whose they "
                 "are. Restore it from a backup, or give another directory."
             )
-        for room in (*rooms, self.temporary):
+        for room in (*rooms, self.temporary, self.spill):
             room.mkdir(exist_ok=True)
-        for left in self.temporary.iterdir():
+        for left in (*self.temporary.iterdir(), *self.spill.iterdir()):
             _remove(left)
         fsync_directory(self.root)
 
