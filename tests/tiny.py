@@ -62,7 +62,20 @@ _FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
-"""Supported families with a builder here."""
+"""Supported families with a builder here, each of a shape of its own."""
+
+_FAMILIES |= {
+    "gemma": ("GemmaConfig", "GemmaForCausalLM", {}),
+    "ministral": ("MinistralConfig", "MinistralForCausalLM", {"layer_types": ["sliding_attention", "full_attention"]}),
+    "seed_oss": ("SeedOssConfig", "SeedOssForCausalLM", {}),
+    "cwm": (
+        "CwmConfig",
+        "CwmForCausalLM",
+        {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]},
+    ),
+}
+BESIDE: tuple[str, ...] = tuple(name for name in _FAMILIES if name not in FAMILIES)
+"""More of them, of the same shapes: for what goes by a family's name."""
 
 
 def tiny_model(

@@ -21,29 +21,41 @@ from loquetier.base.fuse import fused_stack
 from loquetier.config import TrainingConfig
 from loquetier.engine.engine import Engine
 from loquetier.kernels import transfer
+from loquetier.kernels.rowops import SILU, Norm
 
 
 class PlainRows:
     """`rowops.RowKernels` in plain torch: Triton's cannot run here, but all that is around them can."""
 
-    def rms_norm(self, x_MD: Tensor, weight_D: Tensor, epsilon: float, y_MD: Tensor, delta_MD: Tensor | None) -> None:
+    def rms_norm(
+        self, x_MD: Tensor, norm: Norm, y_MD: Tensor, delta_MD: Tensor | None, post: Norm | None = None
+    ) -> None:
+        assert post is None and not norm.one_plus, "a llama's norms"
         if delta_MD is not None:
             x_MD.add_(delta_MD)
-        y_MD.copy_(weight_D * (x_MD * (x_MD.square().mean(-1, keepdim=True) + epsilon).rsqrt()))
+        y_MD.copy_(norm.weight_D * (x_MD * (x_MD.square().mean(-1, keepdim=True) + norm.epsilon).rsqrt()))
 
-    def head_norm(self, x_MN: Tensor, first: int, heads: int, weight_D: Tensor, epsilon: float) -> None:
+    def head_norm(self, x_MN: Tensor, first: int, heads: int, norm: Norm) -> None:
         raise AssertionError("a llama has none")
 
     def rotary_and_write(
-        self, x_MN: Tensor, cos_MD: Tensor, sin_MD: Tensor, heads: int, kv_heads: int, to: tuple[Tensor, ...] | None
+        self,
+        x_MN: Tensor,
+        angles: tuple[Tensor, Tensor] | None,
+        heads: int,
+        kv_heads: int,
+        to: tuple[Tensor, ...] | None,
     ) -> bool:
+        assert angles is not None, "every layer of a llama turns"
+        cos_MD, sin_MD = angles
         dim = cos_MD.shape[1]
         x_MHD = x_MN[:, : (heads + kv_heads) * dim].view(len(x_MN), heads + kv_heads, dim)
         turned_MHD = torch.cat([-x_MHD[..., dim // 2 :], x_MHD[..., : dim // 2]], dim=-1)
         x_MHD.copy_(x_MHD * cos_MD[:, None] + turned_MHD * sin_MD[:, None])
         return False
 
-    def swiglu(self, gate_up_MN: Tensor, y_MK: Tensor) -> None:
+    def gated(self, gate_up_MN: Tensor, y_MK: Tensor, activation: int) -> None:
+        assert activation == SILU
         gate_MK, up_MK = gate_up_MN.chunk(2, dim=-1)
         y_MK.copy_(torch.nn.functional.silu(gate_MK) * up_MK)
 

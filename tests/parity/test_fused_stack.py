@@ -20,7 +20,7 @@ from tests.parity.helpers import (
     prompt_of,
     run,
 )
-from tests.tiny import FAMILIES, tiny_model
+from tests.tiny import BESIDE, FAMILIES, tiny_model
 from torch import Tensor, nn
 
 from loquetier.base.context import StepContext
@@ -30,7 +30,7 @@ from loquetier.kernels.select import process_kernels
 
 __all__ = ["new_engine"]
 
-FUSED = {"llama", "mistral", "qwen2", "qwen3"}
+FUSED = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "smollm3", *BESIDE}
 BF16_TOLERANCE = 0.15
 """Max abs error of a logit of these models (units to tens) after a few bfloat16 roundings that fall differently: the
 GEMM's sums run in another order than torch's. A wrong row, mask or adapter shows as whole units."""
@@ -42,7 +42,7 @@ needs_gemm = pytest.mark.skipif(
 
 
 @needs_gemm
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *BESIDE])
 def test_only_families_whose_code_was_read_are_fused(family: str, new_engine: EngineFactory) -> None:
     base = new_engine(tiny_model(family).bfloat16()).base
     assert base.packed_bytes > 0
@@ -80,13 +80,14 @@ def test_more_parts_are_not_fused(new_engine: EngineFactory) -> None:
 
 
 @needs_gemm
-@pytest.mark.parametrize("family", sorted(FUSED))
+@pytest.mark.parametrize("family", sorted(FUSED - set(BESIDE)))
 def test_bfloat16_serving_equals_the_models_own_code(family: str, new_engine: EngineFactory, tmp_path: Path) -> None:
     """Prompts by chunks, mixed steps, then decode-only steps in C, on adapters and on the base."""
     model = tiny_model(family, layers=3, hidden=64, head_dim=16, tie=True).bfloat16()
+    values = "qkv_proj" if family == "phi3" else "v_proj"
     adapters = {
         "all": peft_model(model, 1, r=5, lora_alpha=10, target_modules="all-linear"),
-        "some": peft_model(model, 2, r=16, lora_alpha=16, target_modules=["v_proj", "down_proj"]),
+        "some": peft_model(model, 2, r=16, lora_alpha=16, target_modules=[values, "down_proj"]),
     }
     fast, slow = (new_engine(copy.deepcopy(model), page_size=4, max_prefill_rows=24, max_rows=32) for _ in range(2))
     decode = fast.base.decode_stack

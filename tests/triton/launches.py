@@ -11,6 +11,7 @@ from loquetier.kernels import triton_rows
 from loquetier.kernels.attention import MaskRule
 from loquetier.kernels.dropout import DropoutRows
 from loquetier.kernels.reference import Factors, Segment
+from loquetier.kernels.rowops import GELU_TANH, SILU, Norm
 from loquetier.kernels.triton_attention import TritonAttention
 from loquetier.kernels.triton_rows import TritonRowOps
 from loquetier.kernels.triton_smlm import TritonSmlm
@@ -79,16 +80,17 @@ def rows(count: int, dim: int, heads: int, kv_heads: int, head: int, dtype: torc
 
     def call() -> None:
         x, weight, ops = _empty(count, dim, dtype=dtype), _empty(dim, dtype=dtype), TritonRowOps()
-        ops.rms_norm(x, weight, 1e-5, torch.empty_like(x), torch.empty_like(x))
+        ops.rms_norm(x, Norm(weight, 1e-5), torch.empty_like(x), torch.empty_like(x))
         for one_plus in (False, True):
             triton_rows.rms_norm(x, weight, 1e-5, one_plus=one_plus)
             triton_rows.rms_norm_backward(x, weight, 1e-5, x, one_plus=one_plus)
         qkv, cos = _empty(count, (heads + 2 * kv_heads) * head, dtype=dtype), _empty(count, head, dtype=dtype)
-        ops.head_norm(qkv, 0, heads, _empty(head, dtype=dtype), 1e-5)
+        ops.head_norm(qkv, 0, heads, Norm(_empty(head, dtype=dtype), 1e-5))
         cache = _empty(8, 16, kv_heads, head, dtype=dtype)
         ops.rotary(qkv, cos, cos, heads + kv_heads)
-        ops.rotary_and_write(qkv, cos, cos, heads, kv_heads, (cache, cache, torch.zeros(count, dtype=torch.int64)))
-        for activation in (triton_rows.SILU, triton_rows.GELU_TANH):
+        to = (cache, cache, torch.zeros(count, dtype=torch.int64))
+        ops.rotary_and_write(qkv, (cos, cos), heads, kv_heads, to)
+        for activation in (SILU, GELU_TANH):
             triton_rows.gated(x, x, torch.empty_like(x), activation)
             triton_rows.gated_backward(x, x, x, activation)
 

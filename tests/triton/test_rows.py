@@ -11,7 +11,8 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from loquetier.kernels import triton_rows
-from loquetier.kernels.triton_rows import GELU_TANH, SILU, TritonRowOps
+from loquetier.kernels.rowops import GELU_TANH, SILU, Norm
+from loquetier.kernels.triton_rows import TritonRowOps
 
 TOLERANCE = {torch.float32: FLOAT32, torch.bfloat16: 1.6e-2}
 """A few float32 roundings; two bfloat16 ones of 2**-7 each, since the interpreter cuts off where a GPU rounds."""
@@ -52,12 +53,12 @@ def test_norm_with_residual_and_of_heads(dtype: torch.dtype) -> None:
     norm.weight.data.copy_(1 + 0.3 * random(45))
     x, delta = random(4, 45, dtype=dtype), random(4, 45, dtype=dtype, seed=1)
     total, y = x + delta, torch.empty_like(x)
-    ops.rms_norm(x, norm.weight.data, 1e-5, y, delta)
+    ops.rms_norm(x, Norm(norm.weight.data, 1e-5), y, delta)
     close(x, total, dtype)
     close(y, norm(total).detach(), dtype)
     heads = random(3, 7 * 12, dtype=dtype)
     before, small = heads.clone(), LlamaRMSNorm(12, eps=1e-5).to(DEVICE, dtype)
-    ops.head_norm(heads, 24, 3, small.weight.data, 1e-5)
+    ops.head_norm(heads, 24, 3, Norm(small.weight.data, 1e-5))
     close(heads[:, 24:60], small(before[:, 24:60].view(3, 3, 12)).detach().view(3, 36), dtype)
     assert torch.equal(heads[:, :24], before[:, :24]) and torch.equal(heads[:, 60:], before[:, 60:])
 
@@ -96,7 +97,7 @@ def test_rotary_and_kv_write(cached: int, heads: int, kv_heads: int, dim: int, d
     theirs_v = v[0].transpose(0, 1).clone()
     caches = [torch.full((3, 4, kv_heads, dim), 7.0, dtype=dtype, device=DEVICE) for _ in range(2)]
     at = torch.tensor([9, 4, 6, 0, 11], device=DEVICE)[5 - cached :]
-    written = TritonRowOps().rotary_and_write(qkv, cos, sin, heads, kv_heads, (*caches, at) if cached else None)
+    written = TritonRowOps().rotary_and_write(qkv, (cos, sin), heads, kv_heads, (*caches, at) if cached else None)
     assert written == bool(cached)
     ours_q, ours_k, ours_v = (
         t.reshape(5, -1, dim) for t in qkv.split([heads * dim, kv_heads * dim, kv_heads * dim], 1)

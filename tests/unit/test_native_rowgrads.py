@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from loquetier.kernels.native import DTYPE_CODES, ISA_NAMES
-from loquetier.kernels.rowgrads import GELU_TANH, SILU, RowGrads
-from loquetier.kernels.rowops import RowOps
+from loquetier.kernels.rowgrads import RowGrads
+from loquetier.kernels.rowops import GELU_TANH, SILU, Norm, RowOps
 
 BF16 = torch.bfloat16
 WIDTHS = [1, 3, 16, 33, 100]
@@ -46,22 +46,24 @@ def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return weight * x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt()
 
 
+@pytest.mark.parametrize("one_plus", [False, True])
 @pytest.mark.parametrize("dim", WIDTHS)
-def test_rms_norm(kernels: tuple[RowGrads, RowOps], dtype: torch.dtype, dim: int) -> None:
+def test_rms_norm(kernels: tuple[RowGrads, RowOps], dtype: torch.dtype, dim: int, one_plus: bool) -> None:
     grads, ops = kernels
     x, dy, more = (random(7, dim, dtype=dtype, seed=s) for s in range(3))
     weight = random(dim, dtype=dtype)
+    how = Norm(weight, 1e-3, one_plus)
     wide = x.double().requires_grad_()
-    (expected,) = torch.autograd.grad(norm(wide, weight.double(), 1e-3), wide, dy.double())
+    (expected,) = torch.autograd.grad(norm(wide, weight.double() + one_plus, 1e-3), wide, dy.double())
     dx, y, again = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
-    grads.rms_norm(x, weight, 1e-3, dy, dx, y_TD=y)
+    grads.rms_norm(x, how, dy, dx, y_TD=y)
     assert_near(dx, expected)
-    ops.rms_norm(x.clone(), weight, 1e-3, again, None)
+    ops.rms_norm(x.clone(), how, again, None)
     assert torch.equal(y, again), "the output again is the forward's to the bit"
     added = torch.empty_like(x)
-    grads.rms_norm(x, weight, 1e-3, dy, added, more_TD=more)
+    grads.rms_norm(x, how, dy, added, more_TD=more)
     assert_near(added, expected + more.double())
-    grads.rms_norm(x, weight, 1e-3, dy, dy)
+    grads.rms_norm(x, how, dy, dy)
     assert torch.equal(dy, dx), "in place of dy"
 
 
@@ -70,7 +72,7 @@ def test_head_norm_leaves_the_other_columns(kernels: tuple[RowGrads, RowOps], dt
     wide = x[:, 20:80].double().reshape(5, 3, 20).requires_grad_()
     (expected,) = torch.autograd.grad(norm(wide, weight.double(), 1e-6), wide, dy[:, 20:80].double().view(5, 3, 20))
     before = dy.clone()
-    kernels[0].head_norm(x, 20, 3, weight, 1e-6, dy)
+    kernels[0].head_norm(x, 20, 3, Norm(weight, 1e-6), dy)
     assert_near(dy[:, 20:80], expected.reshape(5, 60))
     assert torch.equal(dy[:, :20], before[:, :20]) and torch.equal(dy[:, 80:], before[:, 80:])
 
@@ -103,3 +105,5 @@ def test_gated(kernels: tuple[RowGrads, RowOps], dtype: torch.dtype, inner: int,
     kernels[0].gated(x, dy, dx, kind, y)
     assert_near(dx, expected)
     assert_near(y, (active * up).detach())
+    apart = torch.cat(kernels[0].gated_pair(*x.chunk(2, dim=-1), dy, kind), dim=-1)
+    assert torch.equal(apart, dx)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loquetier.base.context import StepContext
-from loquetier.base.fused import FusedLayer, FusedStack, Norm
+from loquetier.base.fused import FusedLayer, FusedStack
 from loquetier.base.kv_cache import KVCache
 from loquetier.base.linear import LinearGroup
 from loquetier.kernels.gemm import PackedWeight
@@ -25,6 +25,7 @@ from loquetier.kernels.native_stack import (
     SpanArguments,
     StackArguments,
 )
+from loquetier.kernels.rowops import Norm
 from loquetier.kernels.smlm import SmlmPlan, planned_rows
 
 
@@ -71,7 +72,7 @@ class DecodeStack:
         assert cache is not None and step.cache_rows is not None and len(step.cache_rows) == step.num_rows
         with torch.no_grad():
             hidden_MD = fused.embed(ids_M)
-            cos_MD, sin_MD = fused.angles(hidden_MD, positions_M)
+            cos_AMD, sin_AMD = fused.angles(hidden_MD, positions_M)
         out_MD = torch.empty_like(hidden_MD)
         spans = (SpanArguments * len(step.prefill))(
             *(SpanArguments(a, b - a, past, pages_B.data_ptr()) for a, b, past, pages_B in step.prefill)
@@ -82,9 +83,9 @@ class DecodeStack:
             kv_heads=fused.kv_heads, head_dim=fused.head_dim, inner=_packed(fused.layers[0].down).k,
             page_size=cache.page_size, level=_packed(fused.layers[0].o).level, num_spans=len(spans),
             first_decode=decode.start if decode else step.num_rows, x=hidden_MD.data_ptr(), y=out_MD.data_ptr(),
-            cosines=cos_MD.data_ptr(), sines=sin_MD.data_ptr(), cache_rows=step.cache_rows.data_ptr(),
+            cosines=cos_AMD.data_ptr(), sines=sin_AMD.data_ptr(), cache_rows=step.cache_rows.data_ptr(),
             spans=addressof(spans), last_norm=fused.last_norm.weight_D.data_ptr(),
-            last_epsilon=fused.last_norm.epsilon,
+            last_epsilon=fused.last_norm.epsilon, one_plus=fused.last_norm.one_plus, activation=fused.activation,
         )  # fmt: skip
         if decode is not None:
             arguments.pages, arguments.pages_width = decode.pages_NB.data_ptr(), decode.pages_NB.shape[1]
@@ -138,14 +139,16 @@ def _layer_arguments(layer: FusedLayer, keys: Tensor, values: Tensor) -> LayerAr
     return LayerArguments(
         norm=_address(layer.norm), norm_epsilon=layer.norm.epsilon,
         qkv=qkv.address, qkv_bias=qkv.bias_address,
-        q_norm=_address(layer.q_norm), q_epsilon=layer.q_norm.epsilon if layer.q_norm else 0.0,
-        k_norm=_address(layer.k_norm), k_epsilon=layer.k_norm.epsilon if layer.k_norm else 0.0,
-        o=o.address, o_bias=o.bias_address,
+        q_norm=_address(layer.q_norm), q_epsilon=_epsilon(layer.q_norm),
+        k_norm=_address(layer.k_norm), k_epsilon=_epsilon(layer.k_norm),
+        o=o.address, o_bias=o.bias_address, o_norm=_address(layer.o_norm), o_epsilon=_epsilon(layer.o_norm),
         mlp_norm=_address(layer.mlp_norm), mlp_epsilon=layer.mlp_norm.epsilon,
         gate_up=gate_up.address, gate_up_bias=gate_up.bias_address,
         down=down.address, down_bias=down.bias_address,
+        down_norm=_address(layer.down_norm), down_epsilon=_epsilon(layer.down_norm),
         keys=keys.data_ptr(), values=values.data_ptr(),
-        window=rule.window or 0, scale=scale, softcap=rule.softcap or 0.0,
+        window=rule.window or 0, angles=-1 if layer.angles is None else layer.angles,
+        scale=scale, softcap=rule.softcap or 0.0,
     )  # fmt: skip
 
 
@@ -157,3 +160,7 @@ def _packed(group: LinearGroup) -> PackedWeight:
 
 def _address(norm: Norm | None) -> int | None:
     return None if norm is None else norm.weight_D.data_ptr()
+
+
+def _epsilon(norm: Norm | None) -> float:
+    return 0.0 if norm is None else norm.epsilon

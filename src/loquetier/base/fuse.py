@@ -8,24 +8,33 @@ rotary angles and the last norm. What attention is called with (scaling, window)
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from loquetier.base.attention import ATTENTION_NAME, STEP_KEYWORD, unified_attention
 from loquetier.base.context import StepContext
-from loquetier.base.fused import FusedLayer, FusedStack, Norm
+from loquetier.base.fused import FusedLayer, FusedStack, of_kind
 from loquetier.base.linear import LinearGroup, VirtualLinear
-from loquetier.kernels.rowops import RowKernels
+from loquetier.kernels.rowops import GELU_TANH, SILU, Norm, RowKernels
 
 log = logging.getLogger("loquetier.base")
 
-LAYERS_READ = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"})
+LAYERS_READ = frozenset(
+    f"{family}DecoderLayer"
+    for family in (
+        "Llama", "Mistral", "Ministral", "Qwen2", "Qwen3", "SeedOss", "Cwm", "SmolLM3", "Phi3",
+        "Gemma", "Gemma2", "Gemma3",
+    )
+)  # fmt: skip
 """Decoder layers of transformers whose code is what `FusedLayer` says, whatever their config."""
 _PROBE_NAME = "loquetier_probe"
 _PROBE_SPANS = ((0, 5), (5, 16))
@@ -62,7 +71,7 @@ def fused_stack(
         ids_M, positions_M, step = _probe(model)
         record = _recorded(model, stack, layers, ids_M, positions_M, step, run)
         fused = _build(stack, layers, ops, record)
-        run(lambda: _compare(fused, record, ids_M, positions_M, step), step)
+        run(lambda: _compare(fused, ops, record, ids_M, positions_M, step), step)
     except _Unlike as reason:
         log.info("layers run as the model's own code: %s", reason)
         return None
@@ -121,36 +130,86 @@ def _build(stack: nn.Module, layers: Sequence[nn.Module], ops: RowKernels, recor
     children = _children(stack, {"embed_tokens", "layers", "norm", "rotary_emb"})
     if len(record.outputs) != len(layers):
         raise _Unlike("layers run more or less than once")
-    fused = [_layer(layer, number, record) for number, layer in enumerate(layers)]
-    attention: Any = layers[0].self_attn
-    dim = int(attention.head_dim)
-    q, k = (getattr(attention, name).out_features // dim for name in ("q_proj", "k_proj"))
+    rotaries, kinds = _rotaries(stack, children["rotary_emb"], layers)
+    fused = [_layer(layer, number, kinds[number], record) for number, layer in enumerate(layers)]
+    dim = int(layers[0].self_attn.head_dim)  # type: ignore[union-attr,arg-type]
+    heads = fused[0].o.weight_NK.shape[1] // dim
+    activations = {_activation(layer.mlp) for layer in layers}
+    norms = [n for x in fused for n in (x.norm, x.q_norm, x.k_norm, x.o_norm, x.mlp_norm, x.down_norm) if n is not None]
+    last = _norm(children["norm"])
+    if len(activations) > 1 or any(n.one_plus != last.one_plus for n in norms):
+        raise _Unlike("layers differ in their activations or in the form of their norms")
     return FusedStack(
-        ops, children["embed_tokens"], children["rotary_emb"], fused, _norm(children["norm"]),
-        heads=q, kv_heads=k, head_dim=dim,
+        ops, children["embed_tokens"], rotaries, fused, last,
+        heads=heads, kv_heads=(fused[0].qkv.weight_NK.shape[0] // dim - heads) // 2, head_dim=dim,
+        activation=activations.pop(),
     )  # fmt: skip
 
 
-def _layer(layer: nn.Module, number: int, record: _Record) -> FusedLayer:
-    parts = _children(layer, {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
-    attention = _children(parts["self_attn"], {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"})
-    mlp = _children(parts["mlp"], {"gate_proj", "up_proj", "down_proj", "act_fn"})
+def _rotaries(
+    stack: nn.Module, rotary: nn.Module, layers: Sequence[nn.Module]
+) -> tuple[list[Callable[..., Any]], list[int | None]]:
+    """What gives the angles, one per type of layer where the model has such, and which of them each layer uses."""
+    types: list[str] = [""] * len(layers)
+    if by_type := "layer_type" in inspect.signature(rotary.forward).parameters:
+        types = list(stack.config.layer_types)  # type: ignore[union-attr,arg-type]
+    names = sorted(set(types))
+    turns = [bool(getattr(layer.self_attn, "use_rope", True)) for layer in layers]
+    kinds = [names.index(name) if turned else None for name, turned in zip(types, turns, strict=True)]
+    return [partial(rotary, layer_type=name) if by_type else rotary for name in names], kinds
+
+
+def _layer(layer: nn.Module, number: int, angles: int | None, record: _Record) -> FusedLayer:
+    around = {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
+    parts = _children(layer, {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}, around)
+    attention = _children(
+        parts["self_attn"], {"o_proj"}, {"q_proj", "k_proj", "v_proj", "qkv_proj", "q_norm", "k_norm"}
+    )
+    mlp = _children(parts["mlp"], {"down_proj"}, {"gate_proj", "up_proj", "gate_up_proj", *_ACTIVATIONS})
     if number not in record.attention:
         raise _Unlike(f"layer {number} did not call the attention function")
     if not isinstance(record.attention[number].get("scaling"), float) or "s_aux" in record.attention[number]:
         raise _Unlike(f"layer {number} calls the attention function in another way")
+    sandwich = around <= set(parts)
+    if not sandwich and around & set(parts):
+        raise _Unlike(f"layer {number} has one of two norms")
+    behind = _norm(parts["post_attention_layernorm"])
     return FusedLayer(
         norm=_norm(parts["input_layernorm"]),
-        qkv=_group(attention["q_proj"], attention["k_proj"], attention["v_proj"]),
+        qkv=_group(*_parts_of(attention, ("q_proj", "k_proj", "v_proj"), "qkv_proj")),
         q_norm=_norm(attention["q_norm"]) if "q_norm" in attention else None,
         k_norm=_norm(attention["k_norm"]) if "k_norm" in attention else None,
         attention=parts["self_attn"],
         attention_kwargs=record.attention[number],
+        angles=angles,
         o=_group(attention["o_proj"]),
-        mlp_norm=_norm(parts["post_attention_layernorm"]),
-        gate_up=_group(mlp["gate_proj"], mlp["up_proj"]),
+        o_norm=behind if sandwich else None,
+        mlp_norm=_norm(parts["pre_feedforward_layernorm"]) if sandwich else behind,
+        gate_up=_group(*_parts_of(mlp, ("gate_proj", "up_proj"), "gate_up_proj")),
         down=_group(mlp["down_proj"]),
+        down_norm=_norm(parts["post_feedforward_layernorm"]) if sandwich else None,
     )
+
+
+def _parts_of(children: dict[str, nn.Module], apart: tuple[str, ...], joined: str) -> list[nn.Module]:
+    """Linears that read one tensor: side by side, or one that is all of them."""
+    here = [name for name in (*apart, joined) if name in children]
+    if here != [joined] and here != list(apart):
+        raise _Unlike(f"there are {', '.join(here) or 'no linears'} where {', '.join(apart)} should be")
+    return [children[name] for name in here]
+
+
+_ACTIVATIONS = ("act_fn", "activation_fn")
+
+
+def _activation(mlp: Any) -> int:
+    """Which of `rowops`' activations this MLP has, by its numbers."""
+    own = getattr(mlp, _ACTIVATIONS[0], None) or getattr(mlp, _ACTIVATIONS[1], None)
+    x = torch.linspace(-8, 8, 257)
+    for number, theirs in ((SILU, F.silu(x)), (GELU_TANH, F.gelu(x, approximate="tanh"))):
+        if own is not None and torch.allclose(own(x), theirs, rtol=0, atol=1e-5):  # gelu's two forms: up to 5e-4 apart
+            return number
+    raise _Unlike(f"{type(own).__name__} is none of the activations that there are kernels for")
 
 
 def _children(module: nn.Module, needed: set[str], optional: set[str] = frozenset()) -> dict[str, nn.Module]:  # type: ignore[assignment]
@@ -179,20 +238,40 @@ def _norm(module: nn.Module) -> Norm:
     weight = getattr(module, "weight", None)
     if not isinstance(epsilon, float) or weight is None or len(list(module.parameters())) != 1:
         raise _Unlike(f"{type(module).__name__} is no RMSNorm with a weight")
-    return Norm(weight.detach(), epsilon)
+    x_nD = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
+    with torch.no_grad():
+        own_nD, wide_nD, wide_D = module(x_nD).double(), x_nD.double(), weight.double()
+    unit_nD = wide_nD * (wide_nD.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+    # Whether it is exactly one of the two forms shows in the layer's own numbers.
+    one_plus = bool((own_nD - (1 + wide_D) * unit_nD).norm() < (own_nD - wide_D * unit_nD).norm())
+    return Norm(weight.detach(), epsilon, one_plus)
 
 
-def _compare(fused: FusedStack, record: _Record, ids_M: Tensor, positions_M: Tensor, step: StepContext) -> None:
+def _same_angles(theirs: Any, ours: tuple[Tensor, Tensor], head_dim: int) -> bool:
+    """Whole heads turn, by the very numbers that the model gave this layer."""
+    return (
+        theirs is not None
+        and ours[0].shape[-1] == head_dim
+        and all(torch.equal(a[0], b) for a, b in zip(theirs, ours, strict=True))
+    )
+
+
+def _compare(
+    fused: FusedStack, ops: RowKernels, record: _Record, ids_M: Tensor, positions_M: Tensor, step: StepContext
+) -> None:
     with torch.no_grad():
         hidden_MD = fused.embed(ids_M)
         if not torch.equal(hidden_MD, record.inputs[0]):
             raise _Unlike("the first layer's input is not the embedding")
-        cos_MD, sin_MD = fused.angles(hidden_MD, positions_M)
+        cos_AMD, sin_AMD = fused.angles(hidden_MD, positions_M)
         for number, (layer, angles) in enumerate(zip(fused.layers, record.angles, strict=True)):
-            if angles is None or not (torch.equal(angles[0][0], cos_MD) and torch.equal(angles[1][0], sin_MD)):
+            own = of_kind((cos_AMD, sin_AMD), layer.angles)
+            if own is not None and not _same_angles(angles, own, fused.head_dim):
                 raise _Unlike(f"layer {number} gets other rotary angles")
             before_MD = record.inputs[number].clone()
-            delta_MD = fused.run_layer(layer, before_MD, None, (cos_MD, sin_MD), step)
+            delta_MD = fused.run_layer(layer, before_MD, None, None, (cos_AMD, sin_AMD), step)
+            if layer.down_norm is not None:
+                ops.rms_norm(delta_MD.clone(), layer.down_norm, delta_MD, None)
             _same(f"layer {number}", before_MD + delta_MD, record.outputs[number], record.inputs[number])
             if number and not torch.equal(record.inputs[number], record.outputs[number - 1]):
                 raise _Unlike(f"layer {number} does not get the output of the layer before")

@@ -1,14 +1,15 @@
 """The decoder stack of steps without training rows, with the small operations fused: no Hugging Face code per layer.
 
 At one row an eager layer spends more time in the code around its GEMMs than in them. Where a stack has the common shape
-(pre-norm, q/k/v/o, optional q/k norms, rotary on whole heads, SwiGLU) this runs the same arithmetic with the kernels
-of `kernels.rowops` (C) or `kernels.triton_rows`. "Verify, then swap": it is used only if every layer gives the model's
-own output on the rows of a probe, see `base.fuse`; and only for steps that record nothing, so training always runs the
-model's own code.
+(pre-norm, perhaps a norm behind each half too, q/k/v/o, optional q/k norms, rotary on whole heads, a gated activation)
+this runs the same arithmetic with the kernels of `kernels.rowops` (C) or `kernels.triton_rows`. "Verify, then swap": it
+is used only if every layer gives the model's own output on the rows of a probe, see `base.fuse`; and only for steps
+that record nothing: `base.fused_train` has a backward.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,18 +21,10 @@ from loquetier.base.context import StepContext
 from loquetier.base.linear import LinearGroup
 from loquetier.kernels.attention import MaskRule
 from loquetier.kernels.decode import reads_written_tokens_only
-from loquetier.kernels.rowops import RowKernels
+from loquetier.kernels.rowops import Norm, RowKernels
 
 _ANGLE_BLOCK = 1024
 """Positions by which the tables of angles grow: a position's angles depend on nothing else (`base.support`)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """An RMSNorm's parameters."""
-
-    weight_D: Tensor
-    epsilon: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +38,15 @@ class FusedLayer:
     attention: nn.Module
     attention_kwargs: dict[str, Any]
     """What the model passes to the attention function for this layer: scaling, window, ..."""
+    angles: int | None
+    """Which of the stack's angles; None: nothing turns."""
     o: LinearGroup
+    o_norm: Norm | None
+    """Of what the attention adds, before it is added."""
     mlp_norm: Norm
     gate_up: LinearGroup
     down: LinearGroup
+    down_norm: Norm | None
 
     @property
     def attention_rule(self) -> tuple[float, MaskRule]:
@@ -61,26 +59,27 @@ class FusedStack:
     """Embedding, layers and last norm.
 
     Args:
-        embedding: token ids to hidden states; rotary: ``(x, position_ids) -> (cos, sin)``; both the model's own.
-        heads, kv_heads, head_dim: of every layer.
+        embedding: token ids to hidden states; rotaries: each ``(x, position_ids) -> (cos, sin)``; the model's own.
+        heads, kv_heads, head_dim: of every layer. activation: one of `rowops`.
     """
 
     def __init__(
         self,
         ops: RowKernels,
         embedding: nn.Module,
-        rotary: nn.Module,
+        rotaries: Sequence[Callable[..., Any]],
         layers: list[FusedLayer],
         last_norm: Norm,
         *,
         heads: int,
         kv_heads: int,
         head_dim: int,
+        activation: int,
     ) -> None:
-        self._ops, self._embedding, self._rotary = ops, embedding, rotary
+        self._ops, self._embedding, self._rotaries = ops, embedding, tuple(rotaries)
         self.layers, self.last_norm = layers, last_norm
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self._cosines = self._sines = torch.empty(0, head_dim)
+        self.heads, self.kv_heads, self.head_dim, self.activation = heads, kv_heads, head_dim, activation
+        self._cosines = self._sines = torch.empty(len(self._rotaries), 0, head_dim)
 
     def embed(self, ids_M: Tensor) -> Tensor:
         """``[M] -> [M, D]``, memory of its own."""
@@ -88,28 +87,35 @@ class FusedStack:
         return out
 
     def angles(self, hidden_MD: Tensor, positions_M: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of the rows' positions, ``[M, head_dim]`` each, by the model's own code (CPU: from tables)."""
+        """cos and sin of the rows' positions, ``[A, M, head_dim]`` each, by the model's own code (CPU: from tables).
+
+        A: the kinds of angles that its layers use.
+        """
         if positions_M.device.type != "cpu":  # asking for the largest would wait for the device, and cannot be captured
-            cos_1MD, sin_1MD = self._rotary(hidden_MD[None], position_ids=positions_M[None])
-            return cos_1MD[0], sin_1MD[0]
+            return self._own_angles(hidden_MD, positions_M)
         most = int(positions_M.max())
-        if most >= len(self._cosines) or self._cosines.dtype != hidden_MD.dtype:
+        if most >= self._cosines.shape[1] or self._cosines.dtype != hidden_MD.dtype:
             count = -(-(most + 1) // _ANGLE_BLOCK) * _ANGLE_BLOCK
-            cos_1PD, sin_1PD = self._rotary(hidden_MD[None], position_ids=torch.arange(count)[None])
-            self._cosines, self._sines = cos_1PD[0].contiguous(), sin_1PD[0].contiguous()
-        return self._cosines.index_select(0, positions_M), self._sines.index_select(0, positions_M)
+            self._cosines, self._sines = self._own_angles(hidden_MD, torch.arange(count))
+        return self._cosines.index_select(1, positions_M), self._sines.index_select(1, positions_M)
+
+    def _own_angles(self, hidden_MD: Tensor, positions_P: Tensor) -> tuple[Tensor, Tensor]:
+        pairs = [rotary(hidden_MD[None], position_ids=positions_P[None]) for rotary in self._rotaries]
+        if len(pairs) == 1:
+            return pairs[0][0].contiguous(), pairs[0][1].contiguous()
+        return torch.cat([cos for cos, _ in pairs]), torch.cat([sin for _, sin in pairs])
 
     def __call__(self, ids_M: Tensor, positions_M: Tensor, step: StepContext) -> Tensor:
         """Final hidden states ``[M, D]`` after the last norm. No autograd."""
         with torch.no_grad():
             hidden_MD = self.embed(ids_M)
             angles = self.angles(hidden_MD, positions_M)
-            delta_MD = None
+            delta_MD = post = None
             for layer in self.layers:
-                delta_MD = self.run_layer(layer, hidden_MD, delta_MD, angles, step)
+                delta_MD = self.run_layer(layer, hidden_MD, delta_MD, post, angles, step)
+                post = layer.down_norm
             out_MD = torch.empty_like(hidden_MD)
-            norm = self.last_norm
-            self._ops.rms_norm(hidden_MD, norm.weight_D, norm.epsilon, out_MD, delta_MD)
+            self._ops.rms_norm(hidden_MD, self.last_norm, out_MD, delta_MD, post)
         return out_MD
 
     def run_layer(
@@ -117,34 +123,43 @@ class FusedStack:
         layer: FusedLayer,
         hidden_MD: Tensor,
         delta_MD: Tensor | None,
+        post: Norm | None,
         angles: tuple[Tensor, Tensor],
         step: StepContext,
     ) -> Tensor:
-        """One layer. `hidden_MD` plus `delta_MD` is its input; adds to `hidden_MD` in place and returns the rest of
-        its output as the next delta, so that the addition is done where the next norm reads."""
+        """One layer. `hidden_MD` plus `delta_MD` (through the norm `post`) is its input; adds to `hidden_MD` in place.
+
+        Returns the rest of its output as the next delta, still before `layer.down_norm`, so that the addition is done
+        where the next norm reads.
+        """
         ops = self._ops
         x_MD = torch.empty_like(hidden_MD)
-        ops.rms_norm(hidden_MD, layer.norm.weight_D, layer.norm.epsilon, x_MD, delta_MD)
+        ops.rms_norm(hidden_MD, layer.norm, x_MD, delta_MD, post)
         out_MN = self._attend(layer, layer.qkv.apply(x_MD), angles, step)
-        ops.rms_norm(hidden_MD, layer.mlp_norm.weight_D, layer.mlp_norm.epsilon, x_MD, layer.o.apply(out_MN))
+        ops.rms_norm(hidden_MD, layer.mlp_norm, x_MD, layer.o.apply(out_MN), layer.o_norm)
         gate_up_MN = layer.gate_up.apply(x_MD)
         inner_MK = x_MD.new_empty((len(x_MD), gate_up_MN.shape[1] // 2))
-        ops.swiglu(gate_up_MN, inner_MK)
+        ops.gated(gate_up_MN, inner_MK, self.activation)
         return layer.down.apply(inner_MK)
 
     def _attend(self, layer: FusedLayer, qkv_MN: Tensor, angles: tuple[Tensor, Tensor], step: StepContext) -> Tensor:
         heads, kv_heads, dim = self.heads, self.kv_heads, self.head_dim
         if layer.q_norm is not None:
-            self._ops.head_norm(qkv_MN, 0, heads, layer.q_norm.weight_D, layer.q_norm.epsilon)
+            self._ops.head_norm(qkv_MN, 0, heads, layer.q_norm)
         if layer.k_norm is not None:
-            self._ops.head_norm(qkv_MN, heads * dim, kv_heads, layer.k_norm.weight_D, layer.k_norm.epsilon)
+            self._ops.head_norm(qkv_MN, heads * dim, kv_heads, layer.k_norm)
         rows_1HMD = qkv_MN.view(1, len(qkv_MN), heads + 2 * kv_heads, dim).transpose(1, 2)
         q, k, v = torch.split(rows_1HMD, [heads, kv_heads, kv_heads], dim=1)
         to = _cache_of(layer, q[0], step)
-        written = self._ops.rotary_and_write(qkv_MN, *angles, heads, kv_heads, to)
+        written = self._ops.rotary_and_write(qkv_MN, of_kind(angles, layer.angles), heads, kv_heads, to)
         kwargs = {**layer.attention_kwargs, STEP_KEYWORD: step, WRITTEN_KEYWORD: written}
         out_1MHD, _ = unified_attention(layer.attention, q, k, v, None, **kwargs)
         return out_1MHD.reshape(len(qkv_MN), heads * dim)
+
+
+def of_kind(angles: tuple[Tensor, Tensor], kind: int | None) -> tuple[Tensor, Tensor] | None:
+    """cos and sin ``[M, D]`` of the layers of one kind, of those of all kinds ``[A, M, D]``."""
+    return None if kind is None else (angles[0][kind], angles[1][kind])
 
 
 def _cache_of(layer: FusedLayer, q_HMD: Tensor, step: StepContext) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from loquetier.base.attention import other_rows
 from loquetier.base.context import LayerCall, ReplaySpan, StepContext
-from loquetier.base.fused import FusedLayer, FusedStack, Norm
+from loquetier.base.fused import FusedLayer, FusedStack, of_kind
 from loquetier.base.linear import Kept
 from loquetier.kernels.native_train_attention import AttentionSpan, NativeTrainAttention, empty_lse, own_spans
-from loquetier.kernels.rowgrads import SILU, RowGrads
-from loquetier.kernels.rowops import RowOps
+from loquetier.kernels.rowgrads import RowGrads
+from loquetier.kernels.rowops import Norm, RowOps
 
 Angles = tuple[Tensor, Tensor]
 """cos and sin ``[rows, head_dim]``."""
@@ -39,9 +39,14 @@ class _Kept:
     """Rotated."""
     attended: list[_Attended]
     out_TN: Tensor
+    o_TD: Tensor | None
+    """What the first half adds before its norm, where there is one behind it."""
     mid_TD: Tensor
     gate_up_TN: Tensor
-    angles: Angles
+    down_TD: Tensor | None
+    """The same of the second half."""
+    angles: Angles | None
+    """None: nothing turns."""
     adapters: tuple[Kept, Kept, Kept, Kept]
 
 
@@ -71,12 +76,14 @@ class TrainStack:
         assert cuts is not None
         with torch.no_grad():
             hidden_1MD = self.fused.embed(ids_M)[None]
-            cos_MD, sin_MD = self.fused.angles(hidden_1MD[0], positions_M)
-        # What the model itself would give its layers: a tape may run one of them again, see `Base.run_layer`.
-        call = LayerCall(step, (), {"position_embeddings": (cos_MD[None], sin_MD[None])})
-        for number in range(len(self.fused.layers)):
+            all_angles = self.fused.angles(hidden_1MD[0], positions_M)
+        for number, layer in enumerate(self.fused.layers):
+            angles = of_kind(all_angles, layer.angles or 0)
+            assert angles is not None
+            # What the model itself would give its layers: a tape may run one of them again, see `Base.run_layer`.
+            call = LayerCall(step, (), {"position_embeddings": (angles[0][None], angles[1][None])})
             hidden_1MD = cuts.cut(number, hidden_1MD, call)
-            hidden_1MD = self._layer(number, hidden_1MD, (cos_MD, sin_MD), step)
+            hidden_1MD = self._layer(number, hidden_1MD, angles, step)
             hidden_1MD = cuts.leave(number, hidden_1MD)
         with torch.enable_grad():
             return _apply(_LastNorm, hidden_1MD[0], self, step.num_train)
@@ -96,31 +103,39 @@ class TrainStack:
         """One layer's output ``[M, D]``, and what its backward needs."""
         layer, ops, num_train = self.fused.layers[number], self.ops, step.num_train
         n_MD = torch.empty_like(x_MD)
-        ops.rms_norm(x_MD, layer.norm.weight_D, layer.norm.epsilon, n_MD, None)
+        ops.rms_norm(x_MD, layer.norm, n_MD, None)
         qkv_MN, kept_qkv = layer.qkv.forward_rows(n_MD, step)
         raw_TN = self._normed(layer, qkv_MN, num_train)
         cos_MD, sin_MD = (t.contiguous() for t in angles)
-        ops.rotary(qkv_MN, cos_MD, sin_MD, self.fused.heads + self.fused.kv_heads)
+        if layer.angles is not None:
+            ops.rotary(qkv_MN, cos_MD, sin_MD, self.fused.heads + self.fused.kv_heads)
         out_MN, attended = self._attend(layer, qkv_MN, step)
-        mid_MD, kept_o = layer.o.forward_rows(out_MN, step)
-        ops.rms_norm(mid_MD, layer.mlp_norm.weight_D, layer.mlp_norm.epsilon, n_MD, x_MD)  # and mid += x
+        o_MD, kept_o = layer.o.forward_rows(out_MN, step)
+        mid_MD = self._behind(layer.o_norm, o_MD)
+        ops.rms_norm(mid_MD, layer.mlp_norm, n_MD, x_MD)  # and mid += x
         gate_up_MN, kept_gate_up = layer.gate_up.forward_rows(n_MD, step)
         inner_MK = n_MD.new_empty((len(n_MD), gate_up_MN.shape[1] // 2))
-        ops.swiglu(gate_up_MN, inner_MK)
-        y_MD, kept_down = layer.down.forward_rows(inner_MK, step)
-        y_MD.add_(mid_MD)
+        ops.gated(gate_up_MN, inner_MK, self.fused.activation)
+        down_MD, kept_down = layer.down.forward_rows(inner_MK, step)
+        y_MD = self._behind(layer.down_norm, down_MD).add_(mid_MD)
         kept = _Kept(
             x_TD=_train(x_MD, num_train),
             raw_TN=raw_TN,
             qkv_TN=_train(qkv_MN, num_train),
             attended=attended,
             out_TN=_train(out_MN, num_train),
+            o_TD=None if layer.o_norm is None else _train(o_MD, num_train),
             mid_TD=_train(mid_MD, num_train),
             gate_up_TN=_train(gate_up_MN, num_train),
-            angles=(cos_MD[:num_train], sin_MD[:num_train]),
+            down_TD=None if layer.down_norm is None else _train(down_MD, num_train),
+            angles=None if layer.angles is None else (cos_MD[:num_train], sin_MD[:num_train]),
             adapters=(kept_qkv, kept_o, kept_gate_up, kept_down),
         )
         return y_MD, kept
+
+    def _behind(self, norm: Norm | None, x_MD: Tensor) -> Tensor:
+        """What a half adds: `x_MD` itself, or its norm in memory of its own."""
+        return x_MD if norm is None else self._again(norm, x_MD)
 
     def _normed(self, layer: FusedLayer, qkv_MN: Tensor, num_train: int) -> Tensor | None:
         """Norms of q and k, in place; what was there before, of the TRAIN rows."""
@@ -129,9 +144,9 @@ class TrainStack:
         heads, kv_heads, dim = self.fused.heads, self.fused.kv_heads, self.fused.head_dim
         raw_TN = qkv_MN[:num_train, : (heads + kv_heads) * dim].clone()
         if layer.q_norm is not None:
-            self.ops.head_norm(qkv_MN, 0, heads, layer.q_norm.weight_D, layer.q_norm.epsilon)
+            self.ops.head_norm(qkv_MN, 0, heads, layer.q_norm)
         if layer.k_norm is not None:
-            self.ops.head_norm(qkv_MN, heads * dim, kv_heads, layer.k_norm.weight_D, layer.k_norm.epsilon)
+            self.ops.head_norm(qkv_MN, heads * dim, kv_heads, layer.k_norm)
         return raw_TN
 
     def _split(self, qkv_MN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,15 +199,17 @@ class TrainStack:
         inner_TK: Tensor | None = None
         if layer.down.trains(step):
             inner_TK = dy_TD.new_empty((len(dy_TD), kept.gate_up_TN.shape[1] // 2))
-            self.ops.swiglu(kept.gate_up_TN, inner_TK)
-        dinner_TK = layer.down.backward_rows(inner_TK, dy_TD, step, kept_down)
+            self.ops.gated(kept.gate_up_TN, inner_TK, self.fused.activation)
+        ddown_TD = self._before(layer.down_norm, kept.down_TD, dy_TD)
+        dinner_TK = layer.down.backward_rows(inner_TK, ddown_TD, step, kept_down)
         dgate_up_TN = torch.empty_like(kept.gate_up_TN)
-        self.grads.gated(kept.gate_up_TN, dinner_TK, dgate_up_TN, SILU)
+        self.grads.gated(kept.gate_up_TN, dinner_TK, dgate_up_TN, self.fused.activation)
         del inner_TK, dinner_TK
         n_TD = self._again(layer.mlp_norm, kept.mid_TD) if layer.gate_up.trains(step) else None
         dn_TD = layer.gate_up.backward_rows(n_TD, dgate_up_TN, step, kept_gate_up)
         dmid_TD = self._through(layer.mlp_norm, kept.mid_TD, dn_TD, dy_TD)
-        dout_TN = layer.o.backward_rows(kept.out_TN if layer.o.trains(step) else None, dmid_TD, step, kept_o)
+        do_TD = self._before(layer.o_norm, kept.o_TD, dmid_TD)
+        dout_TN = layer.o.backward_rows(kept.out_TN if layer.o.trains(step) else None, do_TD, step, kept_o)
         dqkv_TN, past = self._attention_backward(layer, kept, dout_TN, step)
         n_TD = self._again(layer.norm, kept.x_TD) if layer.qkv.trains(step) else None
         dn_TD = layer.qkv.backward_rows(n_TD, dqkv_TN, step, kept_qkv)
@@ -200,13 +217,21 @@ class TrainStack:
 
     def _again(self, norm: Norm, x_TD: Tensor) -> Tensor:
         n_TD = torch.empty_like(x_TD)
-        self.ops.rms_norm(x_TD, norm.weight_D, norm.epsilon, n_TD, None)
+        self.ops.rms_norm(x_TD, norm, n_TD, None)
         return n_TD
 
     def _through(self, norm: Norm, x_TD: Tensor, dn_TD: Tensor, past_it_TD: Tensor) -> Tensor:
         """Gradient of a half's input: through the norm, plus what goes past it; over `dn_TD`."""
-        self.grads.rms_norm(x_TD, norm.weight_D, norm.epsilon, dn_TD, dn_TD, more_TD=past_it_TD)
+        self.grads.rms_norm(x_TD, norm, dn_TD, dn_TD, more_TD=past_it_TD)
         return dn_TD
+
+    def _before(self, norm: Norm | None, x_TD: Tensor | None, dy_TD: Tensor) -> Tensor:
+        """Gradient of what a half adds, before the norm behind it; `dy_TD` itself where there is none."""
+        if norm is None or x_TD is None:
+            return dy_TD
+        dx_TD = torch.empty_like(dy_TD)
+        self.grads.rms_norm(x_TD, norm, dy_TD, dx_TD)
+        return dx_TD
 
     def _attention_backward(
         self, layer: FusedLayer, kept: _Kept, dout_TN: Tensor, step: StepContext
@@ -229,11 +254,12 @@ class TrainStack:
                 past += _share_out(wide, (dk, dv), part.replay)
         _add_later(dk, dv, step)
         heads, kv_heads, dim = fused.heads, fused.kv_heads, fused.head_dim
-        self.grads.rotary(dqkv_TN, *kept.angles, heads + kv_heads)
+        if kept.angles is not None:
+            self.grads.rotary(dqkv_TN, *kept.angles, heads + kv_heads)
         if kept.raw_TN is not None:
             for norm, first, count in ((layer.q_norm, 0, heads), (layer.k_norm, heads * dim, kv_heads)):
                 if norm is not None:
-                    self.grads.head_norm(kept.raw_TN, first, count, norm.weight_D, norm.epsilon, dqkv_TN)
+                    self.grads.head_norm(kept.raw_TN, first, count, norm, dqkv_TN)
         return dqkv_TN, past
 
 
@@ -297,7 +323,7 @@ class _LastNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_MD: Tensor, stack: TrainStack, num_train: int) -> Tensor:
         norm, y_MD = stack.fused.last_norm, torch.empty_like(x_MD)
-        stack.ops.rms_norm(x_MD, norm.weight_D, norm.epsilon, y_MD, None)
+        stack.ops.rms_norm(x_MD, norm, y_MD, None)
         ctx.stack, ctx.num_rows, ctx.x_TD = stack, len(x_MD), _train(x_MD.detach(), num_train)
         return y_MD
 
@@ -305,7 +331,7 @@ class _LastNorm(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         norm, x_TD = ctx.stack.fused.last_norm, ctx.x_TD
         dx_TD = torch.empty_like(x_TD)
-        ctx.stack.grads.rms_norm(x_TD, norm.weight_D, norm.epsilon, grad_outputs[0][: len(x_TD)].contiguous(), dx_TD)
+        ctx.stack.grads.rms_norm(x_TD, norm, grad_outputs[0][: len(x_TD)].contiguous(), dx_TD)
         return _with_other_rows(dx_TD, ctx.num_rows), None, None
 
 

@@ -16,12 +16,13 @@ class LayerArguments(Structure):
 
     _fields_ = [
         *((name, c_void_p) for name in (
-            "norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "o_bias", "mlp_norm", "gate_up", "gate_up_bias",
-            "down", "down_bias", "keys", "values",
+            "norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "o_bias", "o_norm", "mlp_norm", "gate_up",
+            "gate_up_bias", "down", "down_bias", "down_norm", "keys", "values",
         )),
         ("window", c_int64),
+        ("angles", c_int64),
         *((name, c_double) for name in (
-            "norm_epsilon", "q_epsilon", "k_epsilon", "mlp_epsilon", "scale", "softcap",
+            "norm_epsilon", "q_epsilon", "k_epsilon", "o_epsilon", "mlp_epsilon", "down_epsilon", "scale", "softcap",
         )),
     ]  # fmt: skip
 
@@ -73,6 +74,8 @@ class StackArguments(Structure):
         ("pieces", c_void_p),
         ("by_gemm", c_void_p),
         ("w_dtype", c_int64),
+        ("one_plus", c_int64),
+        ("activation", c_int64),
     ]  # fmt: skip
 
 

@@ -29,8 +29,8 @@ VARIABLE: Final = "LOQUETIER_KERNELS"
 BACKENDS: Final = ("auto", "reference", "cpu", "triton")
 """Values that `VARIABLE` accepts."""
 KERNELS: Final = (
-    "base_gemm", "row_ops", "smlm_forward", "smlm_backward", "decode_attention", "prefill_attention", "span_attention",
-    "sample", "train_attention", "row_grads", "cross_entropy", "smlm_long",
+    "base_gemm", "row_ops", "kv_write", "smlm_forward", "smlm_backward", "decode_attention", "prefill_attention",
+    "span_attention", "sample", "train_attention", "row_grads", "cross_entropy", "smlm_long",
 )  # fmt: skip
 
 

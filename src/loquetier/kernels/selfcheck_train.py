@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from loquetier.kernels.native_loss import NativeCrossEntropy
 from loquetier.kernels.native_smlm_long import NativeLongSmlm
 from loquetier.kernels.native_train_attention import NativeTrainAttention, empty_lse, own_spans
 from loquetier.kernels.reference import Factors, Segment
-from loquetier.kernels.rowgrads import SILU, RowGrads
+from loquetier.kernels.rowgrads import RowGrads
+from loquetier.kernels.rowops import GELU_TANH, SILU, Norm
 from loquetier.kernels.selfcheck import Check, difference
 
 
@@ -55,26 +57,25 @@ def check_row_grads(library: NativeLibrary) -> str | None:
     kernel = RowGrads(library)
     for dtype in DTYPE_CODES:
         x, dy, weight = _random(3, 45, dtype=dtype), _random(3, 45, dtype=dtype).flip(0), _random(45, dtype=dtype)
-        leaf = x.double().requires_grad_()
-        normed = leaf * leaf.square().mean(-1, keepdim=True).rsqrt() * weight.double()
-        (expected,) = torch.autograd.grad(normed, leaf, dy.double())
-        dx = torch.empty_like(x)
-        kernel.rms_norm(x, weight, 0.0, dy, dx)
-        wide, dinner, dwide = _random(3, 42, dtype=dtype), _random(3, 21, dtype=dtype), torch.empty(3, 42, dtype=dtype)
-        leaf = wide.double().requires_grad_()
-        gate, up = leaf.chunk(2, dim=-1)
-        (expected_wide,) = torch.autograd.grad(F.silu(gate) * up, leaf, dinner.double())
-        kernel.gated(wide, dinner, dwide, SILU)
+        pairs: list[tuple[str, Tensor, Tensor]] = []
+        for one_plus in (False, True):
+            leaf = x.double().requires_grad_()
+            normed = leaf * leaf.square().mean(-1, keepdim=True).rsqrt() * (weight.double() + one_plus)
+            dx = torch.empty_like(x)
+            kernel.rms_norm(x, Norm(weight, 0.0, one_plus), dy, dx)
+            pairs.append(("norm", dx, torch.autograd.grad(normed, leaf, dy.double())[0]))
+        wide, dinner = _random(3, 42, dtype=dtype), _random(3, 21, dtype=dtype)
+        for number, activation in ((SILU, F.silu), (GELU_TANH, partial(F.gelu, approximate="tanh"))):
+            leaf, dwide = wide.double().requires_grad_(), torch.empty_like(wide)
+            gate, up = leaf.chunk(2, dim=-1)
+            kernel.gated(wide, dinner, dwide, number)
+            pairs.append(("gated", dwide, torch.autograd.grad(activation(gate) * up, leaf, dinner.double())[0]))
         turned, cos, sin = (_random(*shape, dtype=dtype) for shape in ((3, 44), (3, 22), (3, 22)))
         d, c, s = turned.double().view(3, 2, 22), cos.double()[:, None], sin.double()[:, None]
         ds = d * s
         expected_turned = d * c + torch.cat([ds[..., 11:], -ds[..., :11]], dim=-1)
         kernel.rotary(turned, cos, sin, 2)
-        pairs = [
-            ("norm", dx, expected),
-            ("gated", dwide, expected_wide),
-            ("rotary", turned, expected_turned.view(3, 44)),
-        ]
+        pairs.append(("rotary", turned, expected_turned.view(3, 44)))
         if fault := next((f for pair in pairs if (f := difference(*pair, dtype))), None):
             return fault
     return None

@@ -14,6 +14,7 @@ from loquetier.kernels import attention, reference, triton_rows
 from loquetier.kernels.attention import MaskRule
 from loquetier.kernels.dropout import DropoutRows, dropped_TK, row_keys
 from loquetier.kernels.reference import Factors, FactorTable, Segment
+from loquetier.kernels.rowops import SILU, Norm
 from loquetier.kernels.selfcheck import difference
 from loquetier.kernels.triton_attention import TritonAttention
 from loquetier.kernels.triton_load import Check
@@ -137,13 +138,13 @@ def check_row_ops(device: torch.device) -> str | None:
         total, y = (x + delta).double().requires_grad_(), torch.empty_like(x)
         with torch.enable_grad():
             norm = weight.double() * total * (total.square().mean(-1, keepdim=True) + epsilon).rsqrt()
-        ops.rms_norm(x, weight, epsilon, y, delta)
+        ops.rms_norm(x, Norm(weight, epsilon), y, delta)
         wide, half = random(3, 42, dtype=dtype, device=device), torch.empty(3, 21, dtype=dtype, device=device)
         gate, up = (t.double().requires_grad_() for t in wide.chunk(2, dim=-1))
         with torch.enable_grad():
             gated = gate * gate.sigmoid() * up
-        ops.swiglu(wide, half)
-        ours = triton_rows.gated_backward(wide[:, :21], wide[:, 21:], dy[:, :21], triton_rows.SILU)
+        ops.gated(wide, half, SILU)
+        ours = triton_rows.gated_backward(wide[:, :21], wide[:, 21:], dy[:, :21], SILU)
         theirs = torch.autograd.grad(gated, (gate, up), dy[:, :21].double())
         (dx,) = torch.autograd.grad(norm, total, dy.double())
         pairs = [
@@ -168,7 +169,7 @@ def _rotated(dtype: torch.dtype, device: torch.device) -> list[tuple[str, Tensor
     turned = torch.cat([-heads[..., 11:], heads[..., :11]], dim=-1)
     rotated = (heads * cos.double()[:, None] + turned * sin.double()[:, None]).view(3, 66)
     values = qkv[2, 66:].clone()
-    TritonRowOps().rotary_and_write(qkv, cos, sin, 2, 1, (k, v, torch.tensor([3], device=device)))
+    TritonRowOps().rotary_and_write(qkv, (cos, sin), 2, 1, (k, v, torch.tensor([3], device=device)))
     return [("rotary", qkv[:, :66], rotated), ("K", k[0, 3, 0], rotated[2, 44:]), ("V", v[0, 3, 0], values)]
 
 

@@ -9,12 +9,11 @@ import triton
 from torch import Tensor
 
 from loquetier.kernels import triton_rows_kernels as kernels
+from loquetier.kernels.rowops import Norm
 from loquetier.kernels.triton_load import TYPES
 from loquetier.kernels.triton_plan import next_power
 from loquetier.kernels.triton_smlm import side_by_side
 
-SILU: Final = 0
-GELU_TANH: Final = 1
 WIDEST_NORM: Final = 32768
 """Elements of a row that one program holds."""
 _GATED_BLOCK: Final = 1024
@@ -23,35 +22,56 @@ _GATED_BLOCK: Final = 1024
 class TritonRowOps:
     """`rowops.RowOps` on a GPU, with the KV write in rotary. Elements of a row lie side by side."""
 
-    def rms_norm(self, x_MD: Tensor, weight_D: Tensor, epsilon: float, y_MD: Tensor, delta_MD: Tensor | None) -> None:
-        """``x += delta`` in place (if given), then ``y = weight * x / sqrt(mean(x^2) + epsilon)``."""
+    def rms_norm(
+        self, x_MD: Tensor, norm: Norm, y_MD: Tensor, delta_MD: Tensor | None, post: Norm | None = None
+    ) -> None:
+        """``x += delta`` in place (if given; through `post` first where that is one), then ``y = norm(x)``."""
+        if post is not None and delta_MD is not None:
+            delta_MD = rms_norm(delta_MD, post.weight_D, post.epsilon, one_plus=post.one_plus)
         delta = x_MD if delta_MD is None else delta_MD
-        _norm(x_MD, delta, weight_D, y_MD, len(x_MD), 1, x_MD.shape[1], epsilon, add=delta_MD is not None)
+        _norm(
+            x_MD, delta, norm.weight_D, y_MD, len(x_MD), 1, x_MD.shape[1], norm.epsilon, add=delta_MD is not None,
+            one_plus=norm.one_plus,
+        )  # fmt: skip
 
-    def head_norm(self, x_MN: Tensor, first: int, heads: int, weight_D: Tensor, epsilon: float) -> None:
+    def head_norm(self, x_MN: Tensor, first: int, heads: int, norm: Norm) -> None:
         """RMSNorm in place of each of `heads` heads that begin at column `first` of each row."""
         part = x_MN[:, first:]
-        _norm(part, part, weight_D, part, len(x_MN), heads, weight_D.numel(), epsilon)
+        _norm(
+            part, part, norm.weight_D, part, len(x_MN), heads, norm.weight_D.numel(), norm.epsilon,
+            one_plus=norm.one_plus,
+        )  # fmt: skip
 
     def rotary(self, x_MN: Tensor, cos_MD: Tensor, sin_MD: Tensor, heads: int) -> None:
         """Rotate the first `heads` heads of each row in place."""
         _rotate(x_MN, cos_MD, sin_MD, heads, 0, None)
 
     def rotary_and_write(
-        self, x_MN: Tensor, cos_MD: Tensor, sin_MD: Tensor, heads: int, kv_heads: int, to: tuple[Tensor, ...] | None
+        self,
+        x_MN: Tensor,
+        angles: tuple[Tensor, Tensor] | None,
+        heads: int,
+        kv_heads: int,
+        to: tuple[Tensor, ...] | None,
     ) -> bool:
-        """Rotate Q and K of ``[Q | K | V]`` in place and write K and V of the last rows to their cache; returns True.
+        """Rotate Q and K of ``[Q | K | V]`` in place and write K and V of the last rows to their cache.
 
         Args:
+            angles: cos and sin ``[M, D]``; None: nothing turns, and nothing is written.
             to: K and V of one layer's cache, the flat cache position of each of the last rows, or None for no write.
+
+        Returns:
+            Whether K and V are written.
         """
-        _rotate(x_MN, cos_MD, sin_MD, heads, kv_heads, to)
+        if angles is None:
+            return False
+        _rotate(x_MN, *angles, heads, kv_heads, to)
         return to is not None
 
-    def swiglu(self, gate_up_MN: Tensor, y_MK: Tensor) -> None:
-        """``y = silu(gate) * up``, gate being the first half of each row and up the second."""
+    def gated(self, gate_up_MN: Tensor, y_MK: Tensor, activation: int) -> None:
+        """``y = act(gate) * up``, gate being the first half of each row and up the second."""
         inner = y_MK.shape[1]
-        gated(gate_up_MN[:, :inner], gate_up_MN[:, inner:], y_MK, SILU)
+        gated(gate_up_MN[:, :inner], gate_up_MN[:, inner:], y_MK, activation)
 
 
 def rms_norm(x_MD: Tensor, weight_D: Tensor, epsilon: float, *, one_plus: bool) -> Tensor:
@@ -77,7 +97,7 @@ def rms_norm_backward(x_MD: Tensor, weight_D: Tensor, epsilon: float, dy_MD: Ten
 
 
 def gated(gate_MK: Tensor, up_MK: Tensor, y_MK: Tensor, activation: int) -> None:
-    """``y = act(gate) * up``; `activation` is SILU or GELU_TANH."""
+    """``y = act(gate) * up``; `activation` is one of `rowops`."""
     rows, dim = y_MK.shape
     if rows:
         block = min(_GATED_BLOCK, next_power(dim))

@@ -1,24 +1,25 @@
 /* Kernels of rowgrads.c, once per ISA variant. */
 #include "rows_vec.h"
 
+/* y = w x r (w: weight, or 1 + weight) with r = (mean(x^2) + epsilon)^-1/2, so dx = r w dy - x r^3 mean(w dy x). */
 LQ_INLINE void LQ_NAME(norm_grad)(const NormGrad *n, int64_t x, int64_t dy, int64_t dx, int64_t y, int bf16) {
-    vf squares = {0}, dots = {0};
+    vf squares = {0}, dots = {0}, one = squares + (n->one_plus ? 1.0f : 0.0f);
     for (int64_t i = 0; i < n->dim; i += LQ_WIDTH) {
         int64_t left = n->dim - i;
         vf value = LQ_NAME(take)(n->x, x + i, left, bf16);
         squares += value * value;
-        dots += value * LQ_NAME(take)(n->weight, i, left, bf16) * LQ_NAME(take)(n->dy, dy + i, left, bf16);
+        dots += value * (one + LQ_NAME(take)(n->weight, i, left, bf16)) * LQ_NAME(take)(n->dy, dy + i, left, bf16);
     }
-    float factor = 1.0f / sqrtf(LQ_NAME(lq_sum)(squares) / (float)n->dim + n->epsilon);
+    float factor = LQ_NAME(norm_factor)(squares, n->dim, n->epsilon);
     float pull = LQ_NAME(lq_sum)(dots) / (float)n->dim * factor * factor * factor;
     for (int64_t i = 0; i < n->dim; i += LQ_WIDTH) {
         int64_t left = n->dim - i;
         vf value = LQ_NAME(take)(n->x, x + i, left, bf16), weight = LQ_NAME(take)(n->weight, i, left, bf16);
-        vf grad = factor * weight * LQ_NAME(take)(n->dy, dy + i, left, bf16) - pull * value;
+        vf grad = factor * (one + weight) * LQ_NAME(take)(n->dy, dy + i, left, bf16) - pull * value;
         if (n->more != NULL) grad += LQ_NAME(take)(n->more, dx + i, left, bf16);
         LQ_NAME(give)(n->dx, dx + i, left, grad, bf16);
         if (n->y != NULL)
-            LQ_NAME(give)(n->y, y + i, left, weight * LQ_NAME(stored)(value * factor, bf16), bf16);
+            LQ_NAME(give)(n->y, y + i, left, LQ_NAME(normed)(value, factor, weight, n->one_plus, bf16), bf16);
     }
 }
 
@@ -60,9 +61,8 @@ LQ_TARGET static void LQ_NAME(rotary_grads)(int64_t begin, int64_t end, void *co
 
 /* act(gate) and its derivative. silu = g s with s = sigmoid(g); gelu = g s with s = (1 + tanh(u)) / 2. */
 LQ_INLINE vf LQ_NAME(activate)(vf gate, int32_t kind, vf *slope) {
-    if (kind == GELU_TANH) {
-        vf square = gate * gate, inner = 0.797884561f * gate * (1.0f + 0.044715f * square);
-        vf bent = LQ_NAME(lq_tanh)(inner), share = 0.5f + 0.5f * bent;
+    if (kind == LQ_GELU_TANH) {
+        vf square, bent = LQ_NAME(gelu_bent)(gate, &square), share = 0.5f + 0.5f * bent;
         *slope = share + 0.5f * gate * (1.0f - bent * bent) * 0.797884561f * (1.0f + 0.134145f * square);
         return gate * share;
     }
@@ -71,7 +71,7 @@ LQ_INLINE vf LQ_NAME(activate)(vf gate, int32_t kind, vf *slope) {
     return gate * share;
 }
 
-LQ_INLINE void LQ_NAME(gated_row)(const GatedGrad *g, int64_t row, int bf16) {
+LQ_INLINE void LQ_NAME(gated_grad)(const GatedGrad *g, int64_t row, int bf16) {
     for (int64_t i = 0; i < g->inner; i += LQ_WIDTH) {
         int64_t left = g->inner - i, from = row * g->stride + i, to = row * g->grad_stride + i;
         vf gate = LQ_NAME(take)(g->gate, from, left, bf16), up = LQ_NAME(take)(g->up, from, left, bf16);
@@ -87,7 +87,7 @@ LQ_TARGET static void LQ_NAME(gated_grads)(int64_t begin, int64_t end, void *con
     const GatedGrad *g = context;
     for (int64_t row = begin; row < end; row++)
         if (g->bf16)
-            LQ_NAME(gated_row)(g, row, 1);
+            LQ_NAME(gated_grad)(g, row, 1);
         else
-            LQ_NAME(gated_row)(g, row, 0);
+            LQ_NAME(gated_grad)(g, row, 0);
 }

@@ -1,21 +1,35 @@
 /* Kernels of rowops.c, once per ISA variant. */
 #include "rows_vec.h"
 
-LQ_INLINE void LQ_NAME(norm_group)(const Norm *n, int64_t x, int64_t delta, int64_t y, int bf16) {
+LQ_INLINE void LQ_NAME(norm_group)(const Norm *n, int64_t x, int64_t delta, int64_t y, int one_plus, int bf16) {
     vf squares = {0};
+    float factor = 0.0f;
+    if (n->post != NULL) {
+        for (int64_t i = 0; i < n->dim; i += LQ_WIDTH) {
+            vf value = LQ_NAME(take)(n->delta, delta + i, n->dim - i, bf16);
+            squares += value * value;
+        }
+        factor = LQ_NAME(norm_factor)(squares, n->dim, n->post_epsilon);
+        squares = (vf){0};
+    }
     for (int64_t i = 0; i < n->dim; i += LQ_WIDTH) {
-        vf value = LQ_NAME(take)(n->x, x + i, n->dim - i, bf16);
+        int64_t left = n->dim - i;
+        vf value = LQ_NAME(take)(n->x, x + i, left, bf16);
         if (n->delta != NULL) {
-            value = LQ_NAME(stored)(value + LQ_NAME(take)(n->delta, delta + i, n->dim - i, bf16), bf16);
-            LQ_NAME(give)(n->x, x + i, n->dim - i, value, bf16);
+            vf more = LQ_NAME(take)(n->delta, delta + i, left, bf16);
+            if (n->post != NULL)
+                more = LQ_NAME(stored)(
+                    LQ_NAME(normed)(more, factor, LQ_NAME(take)(n->post, i, left, bf16), one_plus, bf16), bf16);
+            value = LQ_NAME(stored)(value + more, bf16);
+            LQ_NAME(give)(n->x, x + i, left, value, bf16);
         }
         squares += value * value;
     }
-    float factor = 1.0f / sqrtf(LQ_NAME(lq_sum)(squares) / (float)n->dim + n->epsilon);
+    factor = LQ_NAME(norm_factor)(squares, n->dim, n->epsilon);
     for (int64_t i = 0; i < n->dim; i += LQ_WIDTH) {
-        vf value = LQ_NAME(take)(n->x, x + i, n->dim - i, bf16);
-        vf weight = LQ_NAME(take)(n->weight, i, n->dim - i, bf16);
-        LQ_NAME(give)(n->y, y + i, n->dim - i, weight * LQ_NAME(stored)(value * factor, bf16), bf16);
+        int64_t left = n->dim - i;
+        vf value = LQ_NAME(take)(n->x, x + i, left, bf16), weight = LQ_NAME(take)(n->weight, i, left, bf16);
+        LQ_NAME(give)(n->y, y + i, left, LQ_NAME(normed)(value, factor, weight, one_plus, bf16), bf16);
     }
 }
 
@@ -24,11 +38,27 @@ LQ_TARGET static void LQ_NAME(norm_rows)(int64_t begin, int64_t end, void *conte
     for (int64_t row = begin; row < end; row++)
         for (int64_t group = 0; group < n->groups; group++) {
             int64_t at = group * n->dim, delta = row * n->groups * n->dim + at;
-            if (n->bf16)
-                LQ_NAME(norm_group)(n, row * n->x_stride + at, delta, row * n->y_stride + at, 1);
+            int64_t x = row * n->x_stride + at, y = row * n->y_stride + at;
+            if (n->bf16 && n->one_plus)
+                LQ_NAME(norm_group)(n, x, delta, y, 1, 1);
+            else if (n->bf16)
+                LQ_NAME(norm_group)(n, x, delta, y, 0, 1);
             else
-                LQ_NAME(norm_group)(n, row * n->x_stride + at, delta, row * n->y_stride + at, 0);
+                LQ_NAME(norm_group)(n, x, delta, y, n->one_plus, 0);
         }
+}
+
+/* Rounded before it is added to, in float32 too: the compiler must not make one operation of both. So a row's angles turn
+ * it to the same bits here and in the model's own code. */
+LQ_INLINE vf LQ_NAME(product)(vf a, vf b, int bf16) {
+    vf value = a * b;
+    if (bf16) return LQ_NAME(stored)(value, 1);
+#if LQ_X86
+    __asm__("" : "+x"(value));
+#elif defined(__aarch64__)
+    __asm__("" : "+w"(value));
+#endif
+    return value;
 }
 
 LQ_INLINE void LQ_NAME(rotary_head)(const Rotary *r, int64_t x, int64_t angle, int bf16) {
@@ -39,8 +69,8 @@ LQ_INLINE void LQ_NAME(rotary_head)(const Rotary *r, int64_t x, int64_t angle, i
         vf cos_low = LQ_NAME(take)(r->cos, angle + i, left, bf16), sin_low = LQ_NAME(take)(r->sin, angle + i, left, bf16);
         vf cos_high = LQ_NAME(take)(r->cos, angle + half + i, left, bf16);
         vf sin_high = LQ_NAME(take)(r->sin, angle + half + i, left, bf16);
-        vf new_low = LQ_NAME(stored)(low * cos_low, bf16) - LQ_NAME(stored)(high * sin_low, bf16);
-        vf new_high = LQ_NAME(stored)(high * cos_high, bf16) + LQ_NAME(stored)(low * sin_high, bf16);
+        vf new_low = LQ_NAME(product)(low, cos_low, bf16) - LQ_NAME(product)(high, sin_low, bf16);
+        vf new_high = LQ_NAME(product)(high, cos_high, bf16) + LQ_NAME(product)(low, sin_high, bf16);
         LQ_NAME(give)(r->x, low_at, left, new_low, bf16);
         LQ_NAME(give)(r->x, high_at, left, new_high, bf16);
     }
@@ -51,26 +81,28 @@ LQ_TARGET static void LQ_NAME(rotary_rows)(int64_t begin, int64_t end, void *con
     for (int64_t row = begin; row < end; row++)
         for (int64_t head = 0; head < r->heads; head++)
             if (r->bf16)
-                LQ_NAME(rotary_head)(r, row * r->stride + head * r->dim, row * r->dim, 1);
+                LQ_NAME(rotary_head)(r, row * r->row + head * r->head, row * r->angles, 1);
             else
-                LQ_NAME(rotary_head)(r, row * r->stride + head * r->dim, row * r->dim, 0);
+                LQ_NAME(rotary_head)(r, row * r->row + head * r->head, row * r->angles, 0);
 }
 
-LQ_INLINE void LQ_NAME(swiglu_row)(const Swiglu *s, int64_t row, int bf16) {
-    for (int64_t i = 0; i < s->inner; i += LQ_WIDTH) {
-        int64_t left = s->inner - i;
-        vf gate = LQ_NAME(take)(s->gate, row * s->stride + i, left, bf16);
-        vf up = LQ_NAME(take)(s->up, row * s->stride + i, left, bf16);
-        vf active = LQ_NAME(stored)(gate / (1.0f + LQ_NAME(lq_exp)(-gate)), bf16);
-        LQ_NAME(give)(s->y, row * s->inner + i, left, active * up, bf16);
+LQ_INLINE void LQ_NAME(gated_row)(const Gated *g, int64_t row, int32_t kind, int bf16) {
+    for (int64_t i = 0; i < g->inner; i += LQ_WIDTH) {
+        int64_t left = g->inner - i;
+        vf gate = LQ_NAME(take)(g->gate, row * g->stride + i, left, bf16);
+        vf up = LQ_NAME(take)(g->up, row * g->stride + i, left, bf16);
+        vf active = LQ_NAME(stored)(LQ_NAME(active)(gate, kind), bf16);
+        LQ_NAME(give)(g->y, row * g->inner + i, left, active * up, bf16);
     }
 }
 
-LQ_TARGET static void LQ_NAME(swiglu_rows)(int64_t begin, int64_t end, void *context) {
-    const Swiglu *s = context;
+LQ_TARGET static void LQ_NAME(gated_rows)(int64_t begin, int64_t end, void *context) {
+    const Gated *g = context;
     for (int64_t row = begin; row < end; row++)
-        if (s->bf16)
-            LQ_NAME(swiglu_row)(s, row, 1);
+        if (g->kind == LQ_GELU_TANH)
+            LQ_NAME(gated_row)(g, row, LQ_GELU_TANH, g->bf16);
+        else if (g->bf16)
+            LQ_NAME(gated_row)(g, row, LQ_SILU, 1);
         else
-            LQ_NAME(swiglu_row)(s, row, 0);
+            LQ_NAME(gated_row)(g, row, LQ_SILU, 0);
 }

@@ -20,3 +20,26 @@ LQ_INLINE void LQ_NAME(give)(void *array, int64_t at, int64_t count, vf value, i
     else
         LQ_NAME(lq_store_part)(array, at, count, value, bf16);
 }
+
+LQ_INLINE float LQ_NAME(norm_factor)(vf squares, int64_t dim, float epsilon) {
+    return 1.0f / sqrtf(LQ_NAME(lq_sum)(squares) / (float)dim + epsilon);
+}
+
+/* x * factor * weight, or Gemma's form, which adds 1 to the weight and rounds once. */
+LQ_INLINE vf LQ_NAME(normed)(vf value, float factor, vf weight, int one_plus, int bf16) {
+    if (one_plus) return value * factor * (1.0f + weight);
+    return weight * LQ_NAME(stored)(value * factor, bf16);
+}
+
+/* tanh(u) of the tanh form of gelu; *square is x * x. */
+LQ_INLINE vf LQ_NAME(gelu_bent)(vf x, vf *square) {
+    *square = x * x;
+    return LQ_NAME(lq_tanh)(0.797884561f * x * (1.0f + 0.044715f * *square));
+}
+
+/* silu(x) = x / (1 + e^-x); gelu(x) = x (1 + tanh(u)) / 2. */
+LQ_INLINE vf LQ_NAME(active)(vf x, int32_t kind) {
+    vf square;
+    if (kind == LQ_GELU_TANH) return x * (0.5f + 0.5f * LQ_NAME(gelu_bent)(x, &square));
+    return x / (1.0f + LQ_NAME(lq_exp)(-x));
+}

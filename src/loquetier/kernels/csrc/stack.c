@@ -6,11 +6,11 @@
 #include "loquetier.h"
 
 typedef struct {
-    const void *norm, *qkv, *qkv_bias, *q_norm, *k_norm, *o, *o_bias, *mlp_norm, *gate_up, *gate_up_bias, *down,
-        *down_bias;
-    void *keys, *values; /* [pages, page_size, kv_heads, head_dim] */
-    int64_t window;
-    double norm_epsilon, q_epsilon, k_epsilon, mlp_epsilon, scale, softcap;
+    const void *norm, *qkv, *qkv_bias, *q_norm, *k_norm, *o, *o_bias, *o_norm, *mlp_norm, *gate_up, *gate_up_bias,
+        *down, *down_bias, *down_norm; /* NULL: no bias, no such norm */
+    void *keys, *values;               /* [pages, page_size, kv_heads, head_dim] */
+    int64_t window, angles;            /* which of the stack's angles; -1: nothing turns */
+    double norm_epsilon, q_epsilon, k_epsilon, o_epsilon, mlp_epsilon, down_epsilon, scale, softcap;
 } Layer;
 
 typedef struct {
@@ -18,7 +18,7 @@ typedef struct {
         first_decode, num_s;
     void *x;               /* [rows, hidden]: the embedding's output; overwritten */
     void *y;               /* [rows, hidden]: the result */
-    const void *cosines, *sines;                      /* [rows, head_dim] */
+    const void *cosines, *sines;                      /* [kinds of angles, rows, head_dim] */
     const int64_t *cache_rows;                        /* [rows] */
     const LqSpan *spans;                              /* of the rows before first_decode */
     const int64_t *pages, *positions;                 /* of decode rows */
@@ -28,6 +28,7 @@ typedef struct {
     const LqPiece *pieces; /* NULL: no adapters */
     const LqPieces *by_gemm;
     int64_t w_dtype;       /* of the adapters */
+    int64_t one_plus, activation; /* as in lq_rms_norm and lq_gated */
 } Stack;
 
 typedef struct {
@@ -67,14 +68,19 @@ static void linear(Run *run, const uint16_t *x, const void *w, const void *bias,
 static void attend(Run *run, const Layer *layer, uint16_t *qkv, uint16_t *out) {
     const Stack *s = run->stack;
     int64_t width = qkv_width(s), q = s->heads * s->head_dim, decode = s->rows - s->first_decode;
+    int32_t one_plus = (int32_t)s->one_plus;
     if (layer->q_norm != NULL)
-        lq_rms_norm(qkv, NULL, layer->q_norm, qkv, s->rows, s->heads, s->head_dim, width, width,
-                    (float)layer->q_epsilon, LQ_BF16);
+        lq_rms_norm(qkv, NULL, NULL, layer->q_norm, qkv, s->rows, s->heads, s->head_dim, width, width, 0.0f,
+                    (float)layer->q_epsilon, one_plus, LQ_BF16);
     if (layer->k_norm != NULL)
-        lq_rms_norm(qkv + q, NULL, layer->k_norm, qkv + q, s->rows, s->kv_heads, s->head_dim, width, width,
-                    (float)layer->k_epsilon, LQ_BF16);
-    lq_rotary_cache(qkv, s->cosines, s->sines, s->rows, s->heads, s->kv_heads, s->head_dim, width, s->cache_rows,
-                    layer->keys, layer->values, LQ_BF16);
+        lq_rms_norm(qkv + q, NULL, NULL, layer->k_norm, qkv + q, s->rows, s->kv_heads, s->head_dim, width, width, 0.0f,
+                    (float)layer->k_epsilon, one_plus, LQ_BF16);
+    LqHeads queries = {qkv, width, s->head_dim}, keys = {qkv + q, width, s->head_dim};
+    LqHeads values = {qkv + q + s->kv_heads * s->head_dim, width, s->head_dim};
+    int64_t angles = layer->angles * s->rows * s->head_dim;
+    lq_rotary_write(&queries, &keys, &values, layer->angles < 0 ? NULL : (const uint16_t *)s->cosines + angles,
+                    layer->angles < 0 ? NULL : (const uint16_t *)s->sines + angles, s->head_dim, s->rows, s->heads,
+                    s->kv_heads, s->head_dim, s->head_dim, s->cache_rows, 0, layer->keys, layer->values, LQ_BF16);
     if (s->num_spans)
         run->failed |= lq_prefill_attention(qkv, width, s->head_dim, layer->keys, layer->values, out, s->spans,
                                             s->num_spans, s->heads, s->kv_heads, s->head_dim, s->page_size,
@@ -86,6 +92,13 @@ static void attend(Run *run, const Layer *layer, uint16_t *qkv, uint16_t *out) {
                                            layer->window, layer->scale, layer->softcap, LQ_BF16);
 }
 
+/* x += delta, which goes through a norm of its own first where `post` is one; y = the norm of that. */
+static void add_and_norm(const Stack *s, const void *delta, const void *post, double post_epsilon, const void *weight,
+                         double epsilon, void *y) {
+    lq_rms_norm(s->x, delta, post, weight, y, s->rows, 1, s->hidden, s->hidden, s->hidden, (float)post_epsilon,
+                (float)epsilon, (int32_t)s->one_plus, LQ_BF16);
+}
+
 static void run_stack(void *context) {
     Job *job = context;
     const Stack *s = job->stack;
@@ -93,21 +106,22 @@ static void run_stack(void *context) {
     uint16_t *normed = job->work, *delta = normed + s->rows * s->hidden, *qkv = delta + s->rows * s->hidden;
     uint16_t *attended = qkv + s->rows * qkv_width(s), *gate_up = attended + s->rows * s->heads * s->head_dim;
     uint16_t *inner = gate_up + 2 * s->rows * s->inner;
+    const void *post = NULL; /* of the layer before */
+    double post_epsilon = 0.0;
     for (int64_t i = 0; i < s->num_layers && !run.failed; i++) {
         const Layer *layer = job->layers + i;
-        lq_rms_norm(s->x, i ? delta : NULL, layer->norm, normed, s->rows, 1, s->hidden, s->hidden, s->hidden,
-                    (float)layer->norm_epsilon, LQ_BF16);
+        add_and_norm(s, i ? delta : NULL, post, post_epsilon, layer->norm, layer->norm_epsilon, normed);
         linear(&run, normed, layer->qkv, layer->qkv_bias, qkv, s->hidden, qkv_width(s));
         attend(&run, layer, qkv, attended);
         linear(&run, attended, layer->o, layer->o_bias, delta, s->heads * s->head_dim, s->hidden);
-        lq_rms_norm(s->x, delta, layer->mlp_norm, normed, s->rows, 1, s->hidden, s->hidden, s->hidden,
-                    (float)layer->mlp_epsilon, LQ_BF16);
+        add_and_norm(s, delta, layer->o_norm, layer->o_epsilon, layer->mlp_norm, layer->mlp_epsilon, normed);
         linear(&run, normed, layer->gate_up, layer->gate_up_bias, gate_up, s->hidden, 2 * s->inner);
-        lq_swiglu(gate_up, gate_up + s->inner, inner, s->rows, s->inner, 2 * s->inner, LQ_BF16);
+        lq_gated(gate_up, gate_up + s->inner, inner, s->rows, s->inner, 2 * s->inner, (int32_t)s->activation, LQ_BF16);
         linear(&run, inner, layer->down, layer->down_bias, delta, s->inner, s->hidden);
+        post = layer->down_norm;
+        post_epsilon = layer->down_epsilon;
     }
-    lq_rms_norm(s->x, s->num_layers ? delta : NULL, s->last_norm, s->y, s->rows, 1, s->hidden, s->hidden, s->hidden,
-                (float)s->last_epsilon, LQ_BF16);
+    add_and_norm(s, s->num_layers ? delta : NULL, post, post_epsilon, s->last_norm, s->last_epsilon, s->y);
     if (lq_member() == 0) job->failed = run.failed;
 }
 
