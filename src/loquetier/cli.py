@@ -32,24 +32,27 @@ DeviceOption = Annotated[str, typer.Option(help="auto (a GPU if there is one), c
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit: 0 done, 1 it failed (one line on stderr), 2 wrong usage, 130 interrupted."""
+    given = list(sys.argv[1:] if argv is None else argv)
     try:
-        app(args=None if argv is None else list(argv), prog_name="loquetier")
+        app(args=given, prog_name="loquetier")
     except LoquetierError as error:
-        _fail(error.code, error)
+        from loquetier.cli_words import command_of, in_words_of
+
+        _fail(error.code, in_words_of(command_of(typer.main.get_command(app), given), str(error)))
     except BrokenPipeError:  # `loquetier generate ... | head`: nobody reads any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        _fail("os_error", error)
+        _fail("os_error", str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
 
 
-def _fail(code: str, error: Exception) -> NoReturn:
+def _fail(code: str, message: str) -> NoReturn:
     sys.stdout.flush()
-    print(f"error [{code}]: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error [{code}]: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(1)
 
 

@@ -170,6 +170,9 @@ class Runtime:
             number: of the version, higher than all before; None = the next one.
         """
         base, engine = self._engine.base, self._engine
+        if packed.ignored:
+            keys = ", ".join(map(repr, packed.ignored[:8])) + (", ..." if len(packed.ignored) > 8 else "")
+            log.warning("adapter %s: adapter_config.json has keys that are not PEFT's and are ignored: %s", name, keys)
         if self._template_differs(packed.template_fingerprint):
             log.warning(
                 "adapter %s was trained under another chat template or tokenizer (%.80s) than the base %s has (%s): "

@@ -202,13 +202,24 @@ def test_row_35_settings_that_cannot_be_honoured(live: Live, copy: Path, changes
     [
         ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map"),
         ({"peft_type": "PREFIX_TUNING"}, "peft_type"),
-        ({"from_the_future": 1}, "from_the_future"),
+        ({"from_the_future": 1, "peft_version": "0.22.0"}, "from_the_future"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
 def test_row_36_a_configuration_that_is_not_loras(live: Live, copy: Path, changes: dict[str, Any], named: str) -> None:
     configure(copy, **changes)
     refused(live, named)
+
+
+def test_row_36_keys_that_are_not_pefts_are_ignored_with_a_warning(
+    live: Live, copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    configure(copy, a_note="of its maker")
+    answer = live.post("/v1/load_lora_adapter", {"lora_name": "noted", "lora_path": "copy"})
+    assert answer.status_code == 200, answer.text
+    told = [r.getMessage() for r in caplog.records if "are ignored" in r.getMessage()]
+    assert told == ["adapter noted: adapter_config.json has keys that are not PEFT's and are ignored: 'a_note'"]
+    assert live.post("/v1/unload_lora_adapter", {"lora_name": "noted"}).status_code == 200
 
 
 def test_row_36_a_configuration_of_50_mb(live: Live, copy: Path) -> None:

@@ -106,7 +106,7 @@ def test_unknown_base_and_bad_values_are_one_line(capsys: pytest.CaptureFixture[
     assert "[base_not_found]" in failure(capsys, "generate", "hi", "--base", "no-such-base")
     # Checked before the base is loaded: the base does not exist, and yet the value is what is named.
     err = failure(capsys, "generate", "hi", "--base", "no-such-base", "--temperature", "-1")
-    assert "[invalid_value]" in err and "temperature=-1.0" in err
+    assert "[invalid_value]" in err and "--temperature -1.0" in err
     assert "[model_not_found]" in failure(capsys, "generate", "hi", "--base", base, "--model", "nobody")
 
 
@@ -122,7 +122,7 @@ def test_finetune_checks_everything_before_it_loads_the_base(
     assert "is not a writable directory" in refused(str(data), "--name", "a", "--out", str(data / "x"))
     # Also for root, whom no permission bit stops, and before an hour of training.
     assert "cannot be written" in refused(str(data), "--name", "a", "--out", "/proc/out")
-    assert "learning_rate=2.0" in refused(str(data), "--name", "a", "--out", out, "--learning-rate", "2")
+    assert "--learning-rate 2.0" in refused(str(data), "--name", "a", "--out", out, "--learning-rate", "2")
     assert "adapter name 'a b'" in refused(str(data), "--name", "a b", "--out", out)
     assert "--eval-data" in refused(str(data), "--name", "a", "--out", out, "--eval-every", "5")
     data.write_text('{"prompt": "x"\n')

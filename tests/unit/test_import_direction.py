@@ -42,6 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "cli_validate",
         "cli_view",
         "cli_watch",
+        "cli_words",
         "validate_view",
         "doctor",
         "demo",

@@ -118,8 +118,8 @@ def test_pefts_feedforward_rule_is_the_end_of_the_string() -> None:
     [
         (lambda c: c.update(modules_to_save=["lm_head"]), UnsupportedAdapterError, "modules_to_save="),
         (lambda c: c.update(fan_in_fan_out=True), UnsupportedAdapterError, "fan_in_fan_out="),
-        (lambda c: c.update(new_feature=1), UnsupportedAdapterError, "unknown key 'new_feature'"),
-        (lambda c: c.update(r=8), UnsupportedAdapterError, "unknown key 'r'"),
+        (lambda c: c.update(new_feature=1, peft_version="0.22"), UnsupportedAdapterError, "unknown key 'new_feature'"),
+        (lambda c: c.update(r=8, peft_version="0.22"), UnsupportedAdapterError, "unknown key 'r'"),
         (lambda c: c.pop("feedforward_modules"), AdapterError, "feedforward_modules is missing"),
         (lambda c: c.update(target_modules=None), AdapterError, "target_modules is missing"),
         (lambda c: c.update(feedforward_modules=[1]), AdapterError, "feedforward_modules"),

@@ -113,14 +113,31 @@ def snapshot(directory: Path) -> Mapping[str, bytes]:
         ("peft_type", "LOHA"),
         ("peft_type", None),
         ("auto_map", {"AutoModel": "evil.Model"}),
-        ("from_the_future", {"x": 1}),
-        ("from_the_future", 0.5),
+        ("enable_lora", [True, False]),
     ],
 )
 def test_a_feature_we_do_not_honour_is_refused_by_key(adapter: Path, key: str, value: object) -> None:
     edit_config(adapter, **{key: value})
     with pytest.raises(UnsupportedAdapterError, match=key):
         read(adapter)
+
+
+@pytest.mark.parametrize("version", ["0.22.0", "1.0", "99", 21, "", "new"])
+def test_an_unknown_key_of_a_newer_peft_is_refused(adapter: Path, version: object) -> None:
+    edit_config(adapter, peft_version=version, from_the_future={"x": 1})
+    with pytest.raises(UnsupportedAdapterError, match=r"unknown key 'from_the_future'.*remove it if"):
+        read(adapter)
+    edit_config(adapter, from_the_future=False)
+    assert read(adapter).ignored == (), "switched off it means nothing"
+
+
+@pytest.mark.parametrize("version", [None, "0.21.0", "0.18.2.dev0@abc"])
+def test_a_key_that_is_none_of_pefts_is_ignored_and_told(adapter: Path, version: str | None) -> None:
+    before = read(adapter)
+    edit_config(adapter, peft_version=version, a_note={"x": 1}, another=0.5, off=None)
+    after = read(adapter)
+    assert after.ignored == ("a_note", "another") and before.ignored == ()
+    assert (after.spec, after.modules, after.digest) == (before.spec, before.modules, before.digest)
 
 
 @pytest.mark.parametrize(

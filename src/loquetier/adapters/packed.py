@@ -31,6 +31,8 @@ class PackedAdapter:
     template_fingerprint: str | None = None
     source_digest: str | None = None
     """Of the files that it was read from, as `read_adapter` gives it."""
+    ignored: tuple[str, ...] = ()
+    """Keys of its config that are not PEFT's and have no effect here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ class Packer:
         limit = 4 * self.arena_bytes  # float32 on disk may take more than the arena's own dtype
         found = read_adapter(directory, self.targets, base_names=(self.base_name,), max_bytes=limit)
         packed = self.pack(found.spec, found.modules, found.factors, found.template_fingerprint)
-        return replace(packed, source_digest=found.digest)
+        return replace(packed, source_digest=found.digest, ignored=found.ignored)
 
     def read_again(self, label: str, directory: Path, digest: str) -> PackedAdapter:
         """A version's weights from the directory that they once came from, or were saved to.

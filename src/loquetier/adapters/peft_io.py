@@ -55,6 +55,8 @@ class AdapterWeights:
     """sha256 (hex) of the weights file's bytes and the settings that decide what the adapter computes."""
     template_fingerprint: str | None = None
     """Of the chat template and tokenizer that it was trained under, if whoever wrote it said so."""
+    ignored: tuple[str, ...] = ()
+    """Keys of its config that are not PEFT's and have no effect here."""
 
 
 @dataclass(frozen=True)
@@ -138,9 +140,8 @@ def read_adapter(
         for path, group in groupby(keys.items(), key=lambda item: item[1].path)
     }
     digest = adapter_digest(hashlib.sha256(blob).digest(), spec)
-    return AdapterWeights(
-        spec, modules, factors, config.base_name, digest, header.metadata.get(TEMPLATE_METADATA) or None
-    )
+    template = header.metadata.get(TEMPLATE_METADATA) or None
+    return AdapterWeights(spec, modules, factors, config.base_name, digest, template, config.ignored)
 
 
 @contextmanager
