@@ -15,7 +15,13 @@ from loquetier.base.context import StepContext
 from loquetier.base.replayed_attention import replayed_rows
 from loquetier.errors import EngineError, UnsupportedModelError
 from loquetier.kernels.attention import MaskRule, span_attention
-from loquetier.kernels.decode import chunk_attention, decode_attention, prompts_read_pages, reads_written_tokens_only
+from loquetier.kernels.decode import (
+    chunk_attention,
+    decode_attention,
+    kv_write_for,
+    prompts_read_pages,
+    reads_written_tokens_only,
+)
 from loquetier.kernels.varlen import packed_attention
 
 ATTENTION_NAME = "loquetier"
@@ -56,15 +62,41 @@ def unified_attention(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     rule = MaskRule(sliding_window, softcap)
     q_HMD, k_KMD, v_KMD = query[0], key[0], value[0]
+    is_written = bool(kwargs.get(WRITTEN_KEYWORD)) or _turned(module, query, key, v_KMD, step)
     if step.replay:
         out_HMD = torch.cat(replayed_rows(q_HMD, k_KMD, v_KMD, scale, rule, step.replay), dim=1)
         return out_HMD.transpose(0, 1)[None], None
     if step.cuts is not None:
         step.cuts.keep_kv(k_KMD, v_KMD)
     parts = _train_rows(q_HMD, k_KMD, v_KMD, scale, rule, step)
-    parts += other_rows(module, q_HMD, k_KMD, v_KMD, scale, rule, step, is_written=bool(kwargs.get(WRITTEN_KEYWORD)))
+    parts += other_rows(module, q_HMD, k_KMD, v_KMD, scale, rule, step, is_written=is_written)
     out_HMD = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     return out_HMD.transpose(0, 1)[None], None
+
+
+def _turned(module: nn.Module, query: Tensor, key: Tensor, v_KMD: Tensor, step: StepContext) -> bool:
+    """Do what the layer's rotary left to its attention, see `base.rotary`; whether K and V are written with it."""
+    if not step.turns:
+        return False
+    turn = step.turns.pop()
+    q_MHD, k_MKD, v_MKD = (t.transpose(0, 1) for t in (query[0], key[0], v_KMD))
+    write = kv_write_for(q_MHD, k_MKD, v_MKD)
+    if turn.q is not query or turn.k is not key or write is None:
+        raise EngineError("q or k is not what the layer's rotary handed on")
+    to = place_of(module, query[0], step)
+    write(q_MHD, k_MKD, v_MKD, turn.angles, to)
+    if step.check_turn is not None:
+        step.check_turn(query, key)
+    return to is not None
+
+
+def place_of(module: nn.Module, q_HMD: Tensor, step: StepContext) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Where K and V of the step's last rows go, if the attention needs no page cleared before they are written."""
+    if step.cache is None or step.cache_rows is None or step.cache_start >= step.num_rows:
+        return None
+    number = int(module.layer_idx)  # type: ignore[arg-type]
+    keys = step.cache.keys[number]
+    return (keys, step.cache.values[number], step.cache_rows) if reads_written_tokens_only(q_HMD, keys) else None
 
 
 def other_rows(
@@ -144,7 +176,12 @@ def _write_cache(k: Tensor, v: Tensor, step: StepContext, layer: int) -> None:
     assert cache is not None and step.cache_rows is not None
     if fresh is not None and len(fresh) and not reads_written_tokens_only(k, cache.keys[layer]):
         cache.clear(layer, fresh)
-    cache.write(layer, step.cache_rows, k.transpose(0, 1)[first:], v.transpose(0, 1)[first:])
+    k_MKD, v_MKD = k.transpose(0, 1)[first:], v.transpose(0, 1)[first:]
+    write = kv_write_for(k_MKD, v_MKD)
+    if write is not None:
+        write(k_MKD, k_MKD, v_MKD, None, (cache.keys[layer], cache.values[layer], step.cache_rows))
+    else:
+        cache.write(layer, step.cache_rows, k_MKD, v_MKD)
 
 
 def _cached_rows(

@@ -7,7 +7,7 @@ the KV cache; PREFILL and DECODE rows are written to it first and read from it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -81,6 +81,14 @@ class LayerCall(NamedTuple):
     kwargs: dict[str, Any]
 
 
+class Turn(NamedTuple):
+    """A layer's q and k ``[1, heads, M, D]`` that its attention is to turn, and cos and sin ``[M, turned]``."""
+
+    q: Tensor
+    k: Tensor
+    angles: tuple[Tensor, Tensor]
+
+
 class LayerCuts(Protocol):
     """A tape, as the layers see it: told of each layer's input, K and V, and output."""
 
@@ -148,6 +156,10 @@ class StepContext:
     """Set when one layer runs again on a window of TRAIN rows, for its backward; every row is in one span."""
     dropout: DropoutRows | None = None
     """None when no train row drops anything: then nothing differs from a step without dropout."""
+    turns: list[Turn] = field(default_factory=list, repr=False)
+    """What the running layer's rotary left to its attention: one at most."""
+    check_turn: Callable[[Tensor, Tensor], None] | None = field(default=None, repr=False)
+    """Of a probe: called with q and k after the attention has turned them."""
 
     @cached_property
     def train_segments(self) -> tuple[Segment, ...]:

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loquetier.base.attention import STEP_KEYWORD, WRITTEN_KEYWORD, unified_attention
+from loquetier.base.attention import STEP_KEYWORD, WRITTEN_KEYWORD, place_of, unified_attention
 from loquetier.base.context import StepContext
 from loquetier.base.linear import LinearGroup
 from loquetier.kernels.attention import MaskRule
-from loquetier.kernels.decode import reads_written_tokens_only
 from loquetier.kernels.rowops import Norm, RowKernels
 
 _ANGLE_BLOCK = 1024
@@ -150,7 +149,7 @@ class FusedStack:
             self._ops.head_norm(qkv_MN, heads * dim, kv_heads, layer.k_norm)
         rows_1HMD = qkv_MN.view(1, len(qkv_MN), heads + 2 * kv_heads, dim).transpose(1, 2)
         q, k, v = torch.split(rows_1HMD, [heads, kv_heads, kv_heads], dim=1)
-        to = _cache_of(layer, q[0], step)
+        to = place_of(layer.attention, q[0], step)
         written = self._ops.rotary_and_write(qkv_MN, of_kind(angles, layer.angles), heads, kv_heads, to)
         kwargs = {**layer.attention_kwargs, STEP_KEYWORD: step, WRITTEN_KEYWORD: written}
         out_1MHD, _ = unified_attention(layer.attention, q, k, v, None, **kwargs)
@@ -160,12 +159,3 @@ class FusedStack:
 def of_kind(angles: tuple[Tensor, Tensor], kind: int | None) -> tuple[Tensor, Tensor] | None:
     """cos and sin ``[M, D]`` of the layers of one kind, of those of all kinds ``[A, M, D]``."""
     return None if kind is None else (angles[0][kind], angles[1][kind])
-
-
-def _cache_of(layer: FusedLayer, q_HMD: Tensor, step: StepContext) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Where K and V of the step's last rows go, if the attention needs no page cleared before they are written."""
-    if step.cache is None or step.cache_rows is None or step.cache_start >= step.num_rows:
-        return None
-    number = int(layer.attention.layer_idx)  # type: ignore[arg-type]
-    keys = step.cache.keys[number]
-    return (keys, step.cache.values[number], step.cache_rows) if reads_written_tokens_only(q_HMD, keys) else None

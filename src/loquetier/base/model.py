@@ -27,6 +27,7 @@ from loquetier.base.gemm import BaseGemm, FrozenLinear, pack_base, pack_for_back
 from loquetier.base.kv_cache import KVCache
 from loquetier.base.linear import VirtualLinear
 from loquetier.base.loading import LoadedBase
+from loquetier.base.rotary import defer_rotary
 from loquetier.base.support import check_supported, decoder_layers, decoder_stack, linear_targets
 from loquetier.base.surgery import cut_layers, limit_row_modules, swap_linears
 from loquetier.kernels.native_loss import NativeCrossEntropy
@@ -86,6 +87,8 @@ class Base:
         self._head = _head_only(model, self._stack)
         self._is_ready_to_train = False
         self._take_kernels(kernels)
+        if self.fused is None and kernels.native("kv_write"):
+            defer_rotary(layers, self._binding, self._probe_rows)
 
     def _take_kernels(self, kernels: Kernels) -> None:
         """Put the kernels where they fit this base and give its own results."""
@@ -115,6 +118,11 @@ class Base:
         needed = ("smlm_forward", "decode_attention", "prefill_attention")
         if self.fused and all(kernels.native(kernel) for kernel in needed):
             self.decode_stack = DecodeStack(self.fused, NativeStack(library))
+
+    def _probe_rows(self, step: StepContext) -> None:
+        """A forward of the model's own code on some tokens."""
+        rows = torch.arange(step.num_rows)
+        self.hidden(rows % self.vocab_size, rows, step)
 
     def _plain_head(self, kernels: Kernels) -> FrozenHead | None:
         """The head as a GEMM, if on a probe that is all that the model's own code does."""

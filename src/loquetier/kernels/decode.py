@@ -11,6 +11,7 @@ from torch import Tensor
 
 from loquetier.kernels import attention
 from loquetier.kernels.attention import MaskRule
+from loquetier.kernels.kv_write import NativeKvWrite
 from loquetier.kernels.native_attention import NativeDecode, NativePrefill
 from loquetier.kernels.select import process_kernels
 
@@ -49,9 +50,26 @@ def _triton_for(q_NHD: Tensor, k_cache: Tensor) -> TritonAttention | None:
     return triton if triton is not None and triton.takes(q_NHD, k_cache) else None
 
 
+@cache
+def _native_kv_write() -> NativeKvWrite | None:
+    library = process_kernels("cpu").native("kv_write")
+    return NativeKvWrite(library) if library else None
+
+
+def kv_write_for(*heads_MHD: Tensor) -> NativeKvWrite | None:
+    """The kernel that turns and writes such rows of q, k and v; None where torch does it."""
+    native = _native_kv_write() if heads_MHD[0].is_cpu else None
+    return native if native is not None and native.takes(*heads_MHD) else None
+
+
 def reads_written_tokens_only(q_HLD: Tensor, k_cache: Tensor) -> bool:
-    """Whether attention over these pages never looks at tokens that were not written: then none need be cleared."""
-    return _triton_for(q_HLD.transpose(0, 1), k_cache) is not None
+    """Whether attention over these pages never looks at tokens that were not written: then none need be cleared.
+
+    Triton's kernels and the C ones do not; nor does a chunk on the reference, which gathers written tokens only.
+    """
+    q_LHD = q_HLD.transpose(0, 1)
+    native = _native() if q_HLD.is_cpu else None
+    return _triton_for(q_LHD, k_cache) is not None or (native is not None and native.takes(q_LHD, k_cache))
 
 
 def prompts_read_pages(q_HLD: Tensor, k_cache: Tensor, rule: MaskRule) -> bool:

@@ -28,13 +28,11 @@ class NativeKvWrite:
         )
 
     @staticmethod
-    def takes(k_MKD: Tensor, v_MKD: Tensor, keys: Tensor) -> bool:
-        """Whether these rows of K and V can be written to `keys` and its twin."""
+    def takes(*heads_MHD: Tensor) -> bool:
+        """Whether it can turn and write such rows."""
+        dtypes = {x.dtype for x in heads_MHD}
         return (
-            k_MKD.is_cpu
-            and k_MKD.dtype in DTYPE_CODES
-            and k_MKD.dtype == v_MKD.dtype == keys.dtype
-            and k_MKD.stride(2) == v_MKD.stride(2) == 1
+            len(dtypes) == 1 and dtypes <= DTYPE_CODES.keys() and all(x.is_cpu and x.stride(2) == 1 for x in heads_MHD)
         )
 
     def __call__(
@@ -43,17 +41,15 @@ class NativeKvWrite:
         k_MKD: Tensor,
         v_MKD: Tensor,
         angles: tuple[Tensor, Tensor] | None,
-        keys: Tensor,
-        values: Tensor,
-        cache_rows: Tensor,
+        to: tuple[Tensor, ...] | None,
     ) -> None:
         """``x * cos + rotate_half(x) * sin`` in place on q and k, then the last rows of k and v to the cache.
 
         Args:
             angles: cos and sin ``[M, turned]``: the first `turned` elements of a head turn; None: nothing does, and
                 `q_MHD` is not looked at.
-            keys, values: of one layer, ``[pages, page_size, K, D]``, contiguous.
-            cache_rows: int64 flat position in the cache, ``page * page_size + offset``, of each of the last rows.
+            to: keys and values of one layer, ``[pages, page_size, K, D]``, contiguous, and the int64 flat position
+                there, ``page * page_size + offset``, of each of the last rows; None: nothing is written.
         """
         rows, kv_heads, dim = k_MKD.shape
         cos = sin = None
@@ -66,9 +62,13 @@ class NativeKvWrite:
                 angles[0].shape[1],
             )
             assert angles[0].stride() == angles[1].stride() and len(angles[0]) == rows and turned <= dim
-        assert cache_rows.is_contiguous() and len(cache_rows) <= rows and tuple(keys.shape[2:]) == (kv_heads, dim)
+        keys = values = cache_rows = None
+        first = rows
+        if to is not None:
+            assert to[2].is_contiguous() and len(to[2]) <= rows and tuple(to[0].shape[2:]) == (kv_heads, dim)
+            keys, values, cache_rows = (t.data_ptr() for t in to)
+            first = rows - len(to[2])
         self._write(
             byref(_heads(q_MHD)), byref(_heads(k_MKD)), byref(_heads(v_MKD)), cos, sin, stride, rows, q_MHD.shape[1],
-            kv_heads, dim, turned, cache_rows.data_ptr(), rows - len(cache_rows), keys.data_ptr(), values.data_ptr(),
-            DTYPE_CODES[k_MKD.dtype],
+            kv_heads, dim, turned, cache_rows, first, keys, values, DTYPE_CODES[k_MKD.dtype],
         )  # fmt: skip

@@ -122,7 +122,7 @@ class RowOps:
             return False
         dim = x_MN.shape[1] // (heads + 2 * kv_heads)
         q, k, v = torch.split(x_MN.view(len(x_MN), heads + 2 * kv_heads, dim), [heads, kv_heads, kv_heads], dim=1)
-        self._kv_write(q, k, v, angles, *to)
+        self._kv_write(q, k, v, angles, to)
         return True
 
     def gated(self, gate_up_MN: Tensor, y_MK: Tensor, activation: int) -> None:

@@ -89,7 +89,7 @@ def check_kv_write(library: NativeLibrary) -> str | None:
                 q, k, v = (t.transpose(0, 1) for t in (q, k, v))
             expected = [torch.cat([_rotated(t[..., :14], cos, sin), t[..., 14:].double()], -1) for t in (q, k)]
             keys, values = torch.zeros(2, 2, 2, 4, 22, dtype=dtype)
-            write(q, k, v, (cos, sin), keys, values, torch.tensor([3, 1]))
+            write(q, k, v, (cos, sin), (keys, values, torch.tensor([3, 1])))
             right = [torch.zeros(4, 4, 22, dtype=torch.double) for _ in range(2)]
             for cache, rows in zip(right, (expected[1], v), strict=True):
                 cache[3], cache[1] = rows[1], rows[2]
