@@ -32,6 +32,7 @@ ENGINE = EngineConfig(
 KEYS = {
     "ann-key": Principal(id="ann", owner="ann", scopes=frozenset(Scope)),
     "bob-key": Principal(id="bob", owner="bob", scopes=frozenset(Scope)),
+    "few-key": Principal(id="few", owner="few", scopes=frozenset(Scope), adapters=frozenset({"few"})),
     "guest-key": Principal(
         id="guest", owner="guest", scopes=frozenset({Scope.INFER}), adapters=frozenset({"a0", BASE})
     ),
@@ -131,7 +132,15 @@ def test_an_adapter_is_its_owners(base_dir: Path, root: Path, tmp_path: Path) ->
             refused = live.post(path, body, **as_key("bob-key"))
             assert refused.status_code == 404 and "a0" in error_of(refused)["message"]
         taken = live.post(LOAD, {"lora_name": "a0", "lora_path": "2", "load_inplace": True}, **as_key("bob-key"))
-        assert taken.status_code == 400 and error_of(taken)["code"] == "adapter_exists"
+        assert taken.status_code == 400 and error_of(taken)["code"] == "invalid_value", "not whose, and not what"
+        for name, key in (
+            ("ft:x:ann::aaaaaaaa", "bob-key"),
+            ("ft:x:ann::aaaaaaaa:ckpt-step-2", "ann-key"),
+            ("b", "few-key"),
+            ("a1", "few-key"),
+        ):
+            refused = live.post(LOAD, {"lora_name": name, "lora_path": "2"}, **as_key(key))
+            assert refused.status_code == 400 and refused.text == taken.text.replace("'a0'", f"'{name}'")
         assert say(live, "a0", "guest-key")[0] == 200, "its key names this one"
         assert say(live, "a1", "guest-key")[0] == 404
         assert say(live, "a0")[0] == 200

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import structlog
 
+from loquetier.adapters.peft_write import CONFIG_NAME, WEIGHTS_NAME
 from loquetier.adapters.registry import NAME_PATTERN
 from loquetier.engine_port import EnginePort
 from loquetier.errors import AdapterExistsError, AdapterNotFoundError, LoquetierError
@@ -21,11 +22,14 @@ from loquetier.server.auth import Principal
 from loquetier.server.metrics import Metrics
 from loquetier.server.models import ModelBook
 from loquetier.server.problems import ApiError, from_error
+from loquetier.server.quota import check_quota
+from loquetier.server.settings import ServerSettings
 
 log = structlog.get_logger("loquetier.server.adapters")
 
 _NAME = re.compile(rf"(?!.*\.\.)(?:{NAME_PATTERN.pattern})")
 _MAX_PATH = 4096
+_FILES = (CONFIG_NAME, WEIGHTS_NAME)
 
 
 @dataclass(slots=True)
@@ -36,7 +40,7 @@ class AdapterDesk:
     port: EnginePort
     models: ModelBook
     metrics: Metrics
-    root: Path | None
+    settings: ServerSettings
     clock: Callable[[], float]
     wall: Callable[[], float]
     forget: Callable[[str], int]
@@ -49,13 +53,16 @@ class AdapterDesk:
         """Serve the adapter in `path` as `name`; with `in_place` also over an adapter of that name, as a new version.
 
         Raises:
-            ApiError: 400 bad name or adapter, or a taken name; 404 nothing there, or outside the root; 503 no room.
+            ApiError: 400 bad name or adapter, or a name that it may not have; 403 over its quota; 404 nothing there, or
+                outside the root; 503 no room.
         """
         if not _NAME.fullmatch(name):
             raise ApiError(400, f"lora_name {name[:64]!r} must be letters, digits and . _ : / -", code="invalid_value")
         async with self._turn:
             is_new = self.port.find(name) is None
-            if (not is_new and not in_place) or not self.models.may_change(who, name):
+            if not self.models.may_load(who, name):
+                raise _not_yours(name)
+            if not is_new and not in_place:
                 raise _exists(name)
             began = self.clock()
             info = await asyncio.shield(asyncio.to_thread(self._read, who, name, path, is_new))
@@ -66,9 +73,11 @@ class AdapterDesk:
 
     def _read(self, who: Principal, name: str, path: str, is_new: bool) -> AdapterInfo:
         """On a worker thread."""
-        directory = jailed(path, self.root)
+        directory = jailed(path, self.settings.adapter_root)
         try:
             if self.ledger is not None:
+                size = sum((directory / file).stat().st_size for file in _FILES if (directory / file).is_file())
+                check_quota(self.settings, who, self.ledger.store.bytes_of(who.owner), size, "lora_path")
                 return self.ledger.load(who, name, directory, path)
             return self.runtime.load_adapter(name, directory, replace=not is_new)
         except AdapterExistsError as error:
@@ -147,7 +156,7 @@ def jailed(path: str, root: Path | None) -> Path:
     found = Path(os.path.realpath(base / path))
     if not found.is_relative_to(base) or not found.is_dir():
         raise not_on_disk(path)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in _FILES:
         if not Path(os.path.realpath(found / name)).is_relative_to(base):  # a link out of the root
             raise not_on_disk(path)
     return found
@@ -178,6 +187,18 @@ def not_loaded(name: str) -> ApiError:
 def _unknown(name: str, param: str) -> ApiError:
     """404 of what vLLM does not have."""
     return ApiError(404, f"The lora adapter {name[:64]!r} cannot be found.", code="model_not_found", param=param)
+
+
+def _not_yours(name: str) -> ApiError:
+    """400, the same for another owner's adapter as for what the key's list leaves out, there or not."""
+    return ApiError(
+        400,
+        f"lora_name {name!r} cannot be used: it is taken, reserved (ft:...), or not on this key's list; choose another "
+        "one",
+        kind="InvalidUserInput",
+        code="invalid_value",
+        param="lora_name",
+    )
 
 
 def _exists(name: str) -> ApiError:

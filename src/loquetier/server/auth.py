@@ -37,7 +37,7 @@ class Principal:
     """Whose files, jobs and adapters it sees."""
     scopes: frozenset[Scope]
     adapters: frozenset[str] | None = None
-    """Models that it may ask, by name without version; None = all."""
+    """Models that it may ask beside those of its own jobs, by name without version; None = all."""
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     concurrency: int | None = None
@@ -45,10 +45,10 @@ class Principal:
     jobs: int | None = None
     """Fine-tuning jobs of its owner that have not ended, when it makes another one."""
     storage_bytes: int | None = None
-    """Bytes of its owner's files, when it adds one."""
+    """Bytes of its owner's files and adapters, when it adds a file, an adapter or a job."""
 
     def may_use(self, name: str) -> bool:
-        """Whether this key may ask the model called `name` (without ``@version``)."""
+        """Whether this key's list has the model called `name` (without ``@version``)."""
         return self.adapters is None or name in self.adapters
 
 

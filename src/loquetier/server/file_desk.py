@@ -19,6 +19,7 @@ from loquetier.adapters.durable import fsync_directory
 from loquetier.server.auth import Principal
 from loquetier.server.file_check import CHECKED_PURPOSE, FileChecker
 from loquetier.server.problems import ApiError, bad
+from loquetier.server.quota import check_quota
 from loquetier.server.schemas.files import PURPOSES
 from loquetier.server.settings import ServerSettings
 from loquetier.server.store.files import FileRow
@@ -140,7 +141,7 @@ class _Quota:
     who: Principal
     counted: int = 0
     _stored: int = 0
-    """Bytes of the owner's files, when it was last looked."""
+    """Bytes of the owner's files and adapters, when it was last looked."""
     _looked_at: int = -_LOOK_BYTES
 
     def __call__(self, num_bytes: int) -> None:
@@ -156,18 +157,9 @@ class _Quota:
             )
         desk._coming[self.who.owner] += num_bytes - self.counted
         self.counted = num_bytes
-        limit = self.who.storage_bytes or settings.max_storage_bytes
         if num_bytes - self._looked_at >= _LOOK_BYTES:
-            self._stored, self._looked_at = desk.store.files.bytes_of(self.who.owner), num_bytes
-        used = self._stored + desk._coming[self.who.owner]
-        if used > limit:
-            raise ApiError(
-                403,
-                f"files of {used} bytes would be more than this owner's {limit}; delete some",
-                code="insufficient_quota",
-                param="file",
-                headers={"Connection": "close"},
-            )
+            self._stored, self._looked_at = desk.store.bytes_of(self.who.owner), num_bytes
+        check_quota(settings, self.who, self._stored, desk._coming[self.who.owner], "file")
 
 
 def no_such_file(file_id: str, param: str | None = "id") -> ApiError:

@@ -9,7 +9,7 @@ from typing import Any
 from loquetier.adapters.registry import NAME_PATTERN, AdapterVersion
 from loquetier.engine_port import EnginePort
 from loquetier.server.auth import Principal
-from loquetier.server.problems import model_not_found
+from loquetier.server.problems import ApiError, model_not_found
 from loquetier.server.store.adapters import AdapterTable
 
 _PINNED = re.compile(rf"({NAME_PATTERN.pattern})(?:@([0-9]{{1,18}}))?")
@@ -48,26 +48,47 @@ class ModelBook:
             raise model_not_found(model)
         return version
 
+    def sees(self, who: Principal, model: str) -> bool:
+        """Whether `find` would find it."""
+        try:
+            return self.find(who, model) is not None
+        except ApiError:
+            return False
+
     def names(self, who: Principal) -> list[str]:
         """Adapters that this key may use, in the order of their names."""
-        hidden = self._hidden(who)
-        live = [v.name for v in self.port.versions() if v.is_live]
-        return sorted(name for name in live if who.may_use(name) and name not in hidden)
+        return sorted(version.name for version in self._seen(who))
 
-    def _hidden(self, who: Principal) -> set[str]:
-        """Adapters of other owners, but for those that the key names."""
-        strangers = set() if self.durable is None else self.durable.strangers(who.owner)
-        return strangers - (who.adapters or frozenset())
+    def _seen(self, who: Principal) -> list[AdapterVersion]:
+        """What answers to this key: see `_may_see`."""
+        live = [v for v in self.port.versions() if v.is_live]
+        if who.adapters is not None:
+            known = who.adapters | (self.durable.made_by(who.id, who.owner) if self.durable else set())
+            return [v for v in live if v.name in known]
+        hidden = self.durable.strangers(who.owner) if self.durable else set()
+        return [v for v in live if v.name not in hidden]
 
     def _may_see(self, who: Principal, name: str) -> bool:
-        """Its own adapters, those that nobody owns (--adapter), and those that the key names."""
+        """Its owner's adapters and those that nobody owns (--adapter); a key with a list: those, and its own jobs'."""
         if who.adapters is not None:
-            return name in who.adapters
+            return name in who.adapters or self._made(who, name)
         return self.durable is None or not self.durable.stranger(name, who.owner)
+
+    def _made(self, who: Principal, name: str) -> bool:
+        """Whether a job that this very key made is called so, or its checkpoint."""
+        return self.durable is not None and bool(self.durable.made_by(who.id, who.owner, name))
 
     def may_change(self, who: Principal, name: str) -> bool:
         """Whether this key may load over, unload or pin the adapter called `name`, if there is one."""
-        return who.may_use(name) and (self.durable is None or not self.durable.stranger(name, who.owner))
+        if self.durable is not None and self.durable.stranger(name, who.owner):
+            return False
+        return who.may_use(name) or self._made(who, name)
+
+    def may_load(self, who: Principal, name: str) -> bool:
+        """Whether this key may load an adapter as `name`. What begins with "ft:" is the server's to give."""
+        maker = name.partition(":ckpt-step-")[0]
+        is_ours = self.durable is None or self.durable.find(maker) is not None or not name.startswith("ft:")
+        return is_ours and self.may_change(who, maker) and self.may_change(who, name)
 
     def note(self, name: str, root: str, created: int) -> None:
         """Remember where an adapter came from, and forget what is not served any more."""
@@ -83,10 +104,8 @@ class ModelBook:
 
     def cards(self, who: Principal) -> list[dict[str, Any]]:
         """The base first, then adapters in the order they came; only what this key may use."""
-        hidden = self._hidden(who)
-        live = [v for v in self.port.versions() if v.is_live and who.may_use(v.name) and v.name not in hidden]
         base = [self.card(None)] if who.may_use(self.port.base_name) else []
-        return [*base, *(self.card(v) for v in live)]
+        return [*base, *(self.card(v) for v in self._seen(who))]
 
     def card(self, version: AdapterVersion | None, asked: str | None = None) -> dict[str, Any]:
         """A model object as vLLM shows it; `asked` is the id that the client used."""

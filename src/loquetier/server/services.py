@@ -92,7 +92,7 @@ def build_services(
         bad_keys=BadKeys(clock, settings.bad_keys_per_minute),
         admission=admission,
         models=models,
-        adapters=AdapterDesk(runtime, port, models, metrics, settings.adapter_root, clock, wall, unload, ledger),
+        adapters=AdapterDesk(runtime, port, models, metrics, settings, clock, wall, unload, ledger),
         quarantine=Quarantine(clock, models.label_of),
         text=TextDesk(runtime.tokenizer, runtime.base_name, runtime.max_context),
         grammars=GrammarDesk(runtime.tokenizer, port.vocab_size, port.eos_token_ids),

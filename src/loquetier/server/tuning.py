@@ -98,7 +98,7 @@ def build_tuning(
         models=models,
         checker=checker,
         files=FileDesk(store, settings, checker),
-        jobs=JobDesk(store, settings, running, changes),
+        jobs=JobDesk(store, settings, running, changes, models),
         changes=changes,
         running=running,
         bell=bell,

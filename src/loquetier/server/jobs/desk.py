@@ -29,7 +29,9 @@ from loquetier.server.file_desk import no_such_file
 from loquetier.server.jobs.changes import NO_RETRY, JobChanges
 from loquetier.server.jobs.running import RunningJobs, tell
 from loquetier.server.jobs.settings import asked, resolve, resolved
+from loquetier.server.models import ModelBook
 from loquetier.server.problems import ApiError, bad, model_not_found
+from loquetier.server.quota import check_quota
 from loquetier.server.schemas.jobs import CreateJob
 from loquetier.server.settings import ServerSettings
 from loquetier.server.store.jobs import JobRow
@@ -49,12 +51,13 @@ class JobDesk:
     settings: ServerSettings
     running: RunningJobs
     changes: JobChanges
+    models: ModelBook
 
     def create(self, who: Principal, body: CreateJob, raw: bytes, key: str | None) -> JobRow:
         """A job, on the disk when this returns.
 
         Raises:
-            ApiError: 400, 404, 429; nothing was made. InsufficientStorageError.
+            ApiError: 400, 403, 404, 429; nothing was made. InsufficientStorageError.
         """
         digest = hashlib.sha256(raw).hexdigest()
         # Before anything is checked: files may have gone since, and the job that was made is still the answer.
@@ -67,6 +70,8 @@ class JobDesk:
             known = key and self.store.once.find(c, who.owner, ROUTE, key, digest)
             if not known:
                 self._check_count(c, who)
+                # What a job will have made stays, whatever it weighs: the next one finds the room taken.
+                check_quota(self.settings, who, self.store.bytes_of(who.owner), 1, None)
                 self.store.jobs.add(c, job)
                 self.store.adapters.create(c, job.model, who.owner, "job", job.model, job.id)
                 tell(self.store, c, job.id, f"Created fine-tuning job: {job.id}", once="created")
@@ -89,7 +94,7 @@ class JobDesk:
         if self.running.runtime.config.serve_only:
             raise bad("this server was started with --serve-only and cannot train", code=ServeOnlyError.code)
         if body.model != base:
-            if self.store.adapters.find(body.model) is not None:
+            if self.models.sees(who, body.model):
                 raise bad(f"only the base {base!r} can be fine-tuned over HTTP", "model", "invalid_value")
             raise model_not_found(body.model)
         settings = asked(body)

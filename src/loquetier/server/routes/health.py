@@ -38,9 +38,9 @@ def router(services: Services) -> APIRouter:
             raise overloaded(problem, code="not_ready")
         return JSONResponse({"status": "ready"})
 
-    @routes.get("/metrics", dependencies=[need() if services.settings.public_metrics else need(*Scope)])
+    @routes.get("/metrics", dependencies=[need() if services.settings.public_metrics else need(Scope.ADMIN)])
     async def metrics() -> Response:
-        """Prometheus text."""
+        """Prometheus text. It has names of every owner's models: for the operator."""
         page = services.metrics.page(services.watch.pulse)
         return Response(page, media_type=CONTENT_TYPE_LATEST)
 

@@ -211,6 +211,25 @@ class AdapterTable:
         rows = self.database.rows("SELECT name FROM adapters WHERE owner <> ?", (owner,))
         return {row["name"] for row in rows}
 
+    def made_by(self, key_id: str, owner: str, name: str | None = None) -> set[str]:
+        """Names of the models and checkpoints of the jobs that a key of `owner` made; with `name`, of that one only."""
+        rows = self.database.rows(
+            "SELECT name FROM adapters JOIN jobs ON jobs.id = adapters.job_id "
+            "WHERE jobs.key_id = ? AND adapters.owner = ? AND name = ifnull(?, name)",
+            (key_id, owner, name),
+        )
+        return {row["name"] for row in rows}
+
+    def bytes_of(self, owner: str) -> int:
+        """What an owner's adapters take on the disk; a directory that several versions share counts once."""
+        return int(
+            self.database.value(
+                "SELECT ifnull(sum(size), 0) FROM (SELECT max(num_bytes) AS size FROM versions "
+                "JOIN adapters USING (name) WHERE owner = ? GROUP BY directory)",
+                (owner,),
+            )
+        )
+
     def directories(self) -> set[str]:
         """What versions refer to."""
         return {row[0] for row in self.database.rows("SELECT DISTINCT directory FROM versions")}

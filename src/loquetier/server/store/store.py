@@ -45,6 +45,10 @@ class Store:
             (key_id, owner, now),
         )
 
+    def bytes_of(self, owner: str) -> int:
+        """What an owner's files and adapters, those of jobs too, take on the disk."""
+        return self.files.bytes_of(owner) + self.adapters.bytes_of(owner)
+
     def bind(self, base_name: str, fingerprint: str) -> None:
         """Adapters and checkpoints fit one base only.
 
