@@ -381,6 +381,21 @@ def test_row_27_training_data_that_cannot_be_used(live: Live, client: openai.Ope
     assert client.fine_tuning.jobs.retrieve(made.id).status == "failed"
 
 
+def test_ready_waits_for_what_a_job_is_said_to_be(live: Live, client: openai.OpenAI, file: FileObject) -> None:
+    """Who waits for `/ready` after a restart must not find a job as it was before its data was read."""
+    tuning = live.services.tuning
+    assert tuning is not None
+    made = create(client, file, BASE, LONG)
+    wait_for_step(live, made.id, 1)
+    with tuning.store.write() as c:  # as a recorder that is behind leaves it
+        tuning.store.jobs.update(c, made.id, status="validating_files")
+    tuning.running._restarted.add(made.id)
+    assert live.http("GET", "/ready").status_code == 503
+    with tuning.store.write() as c:
+        tuning.store.jobs.update(c, made.id, status="running")
+    assert live.http("GET", "/ready").status_code == 200
+
+
 def test_a_file_may_be_deleted_while_a_job_uses_it(live: Live, client: openai.OpenAI) -> None:
     own = upload(client, jsonl(CHATS[:4]))
     tuning = live.services.tuning

@@ -36,6 +36,7 @@ class AdapterLedger:
     runtime: Runtime
     _changing: threading.Lock = field(default_factory=threading.Lock)
     """One change at a time."""
+    _tidying: threading.Lock = field(default_factory=threading.Lock)
 
     def open(self) -> None:
         """Once, before anything is served. Raises ConfigError: --adapter has taken a name of ours."""
@@ -63,7 +64,8 @@ class AdapterLedger:
         try:
             used = self.runtime.port.call(lambda engine: {v.source for v in engine.registry.versions}).result()
             place = self.store.data_dir.adapters
-            self.store.adapters.tidy([name for name in directories if place / name not in used])
+            with self._tidying:  # who deletes a model and its last user may both come
+                self.store.adapters.tidy([name for name in directories if place / name not in used])
         except (EngineStoppedError, OSError) as error:
             log.warning("tidying_waits", problem=str(error))
 

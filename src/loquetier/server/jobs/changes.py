@@ -13,6 +13,7 @@ from loquetier.finetuning import FinetuneHandle
 from loquetier.server.auth import Principal
 from loquetier.server.jobs.running import RunningJobs, tell
 from loquetier.server.problems import ApiError, model_not_found
+from loquetier.server.store.datadir import remove_durably
 from loquetier.server.store.jobs import JobRow
 from loquetier.server.store.store import Store
 
@@ -74,7 +75,8 @@ class JobChanges:
                 tell(self.store, c, job.id, "The job was cancelled")
             if handle is None:
                 self.store.adapters.forget_unborn(c, job.id)
-        if handle is None:
+        if handle is None:  # paused since a restart, or its files are still being looked at
+            remove_durably(self.store.data_dir.jobs / job.id)
             self.store.files.tidy()
             return
         try:

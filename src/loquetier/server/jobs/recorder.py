@@ -42,6 +42,8 @@ class Recorder:
     ended: Callable[[str], None]
     """Told when the end is on the disk."""
     is_restart: bool
+    numbers: range = range(0)
+    """Of versions that an earlier life left as checkpoints: below all that this one publishes."""
     _handle: FinetuneHandle | None = None
     _attached: threading.Event = field(default_factory=threading.Event)
     _total_steps: int = 0
@@ -96,9 +98,9 @@ class Recorder:
         assert self._handle is not None
         # In the order of their steps: what comes before a kept one was kept too, and may have been deleted.
         kept = max((version.step or 0 for version in self.store.adapters.versions(self.job.model)), default=0)
-        for record in history[kept:]:
-            if self._handle.checkpoint_at(record.step) is not None:
-                self._keep(record)
+        left = [record for record in history[kept:] if self._handle.checkpoint_at(record.step) is not None]
+        for record, number in zip(left, self.numbers, strict=False):  # checkpoints of one step are one version
+            self._keep(record, number)
 
     def event(self, event: JobEvent) -> None:
         """Something happened. Raises only what is a bug of ours."""
@@ -190,8 +192,8 @@ class Recorder:
         self.patience.write(change)
         self.bell.ring(self.job.id)
 
-    def _keep(self, record: StepRecord) -> None:
-        """The newest checkpoint of a step, as a model."""
+    def _keep(self, record: StepRecord, number: int | None = None) -> None:
+        """The newest checkpoint of a step, as a model; `number`: of its version, where this life has not served it."""
         handle = self._handle
         assert handle is not None
         path = handle.checkpoint_at(record.step)
@@ -200,7 +202,7 @@ class Recorder:
             return
         best = handle.best
         is_live = handle.job.config.publish != "best" or (best is not None and best.step == record.step)
-        number = handle.job.versions.get(record.step)
+        number = handle.job.versions.get(record.step, number)
         self.keeper.keep_checkpoint(self.job, path, record, handle.job.spec, number, live=is_live)
         self.bell.ring(self.job.id)
 

@@ -118,17 +118,20 @@ class RunningJobs:
             return
         settings = job.settings if job.settings.get("is_resolved") else resolve(job.settings, num_examples)
         ready = resolved(settings)
+        place = self.store.data_dir.jobs / job_id
+        # What a kill has left is older than what this life makes, and so are its numbers.
+        num_left = sum(1 for _ in (place / "checkpoints").glob("step-*"))
 
         def change(c: sqlite3.Connection) -> int:
             self.store.jobs.update(c, job_id, settings=settings)
             # Twice: publishes may be made up for. A number that this life gives away is never given to other weights.
-            return self.store.adapters.reserve(c, job.model, 2 * total_steps(ready, num_examples) + 8)
+            return self.store.adapters.reserve(c, job.model, num_left + 2 * total_steps(ready, num_examples) + 8)
 
         first = self.patience.write(change)
-        self.runtime.port.call(lambda engine: engine.registry.number_after(job.model, first - 1)).result()
-        place = self.store.data_dir.jobs / job_id
+        last = first + num_left - 1
+        self.runtime.port.call(lambda engine: engine.registry.number_after(job.model, last)).result()
         evals = job.validation_file
-        recorder = self._recorder(replace(job, settings=settings), is_restart)
+        recorder = self._recorder(replace(job, settings=settings), is_restart, range(first, last + 1))
         try:
             handle = self.runtime.finetune(
                 job.model,
@@ -153,9 +156,9 @@ class RunningJobs:
             with suppress(JobStateError):
                 handle.pause()
 
-    def _recorder(self, job: JobRow, is_restart: bool) -> Recorder:
+    def _recorder(self, job: JobRow, is_restart: bool, numbers: range = range(0)) -> Recorder:
         keeper = Keeper(self.store, self.patience, self.shelf)
-        return Recorder(job, self.store, self.patience, keeper, self.bell, self._forget, is_restart)
+        return Recorder(job, self.store, self.patience, keeper, self.bell, self._forget, is_restart, numbers)
 
     def _forget(self, job_id: str) -> None:
         self._handles.pop(job_id, None)
@@ -179,12 +182,16 @@ class RunningJobs:
 
     @property
     def num_coming_back(self) -> int:
-        """Jobs of an earlier life whose data is still being read."""
-        for job_id in list(self._restarted):
-            handle = self._handles.get(job_id)
-            if job_id in self._started and (handle is None or handle.status is not JobStatus.VALIDATING_FILES):
-                self._restarted.discard(job_id)
+        """Jobs of an earlier life whose data is still being read, or whose rows do not tell yet that it was."""
+        self._restarted -= {job_id for job_id in self._restarted if self._is_back(job_id)}
         return len(self._restarted)
+
+    def _is_back(self, job_id: str) -> bool:
+        handle = self._handles.get(job_id)
+        if job_id not in self._started or (handle is not None and handle.status is JobStatus.VALIDATING_FILES):
+            return False
+        row = self.store.jobs.find(job_id)  # the recorder is a little behind the engine
+        return handle is None or row is None or row.status != JobStatus.VALIDATING_FILES.value
 
     def close(self) -> None:
         """After the engine has stopped: what was recorded is on the disk when this returns."""
