@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from loquetier.adapters.spec import AdapterSpec
 from loquetier.engine.engine import Totals
-from loquetier.engine.residency import ResidencyTotals
+from loquetier.engine.residency_books import ResidencyTotals
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,13 @@ def resident(runtime: Runtime) -> set[str]:
 def room(runtime: Runtime) -> int:
     """How many of the stock fit."""
     return runtime.stats().arena_bytes // runtime.adapter("a0").num_bytes
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    """Polls the engine, which goes on meanwhile."""
+    end = time.monotonic() + WAIT
+    while not is_so():
+        assert time.monotonic() < end, "it never came to be so"
 
 
 def gated(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
@@ -328,6 +336,44 @@ def test_what_is_unloaded_while_it_is_saved_leaves_no_files(
         gate.set()
         runtime._background.close()
         assert written.is_set() and list(spill.iterdir()) == []
+
+
+def test_idle_adapters_are_reused_only_while_a_job_keeps_room_to_publish(
+    base: Path, stock: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Eight fit. The job has one to train in, one that answers and one to publish to: five are left for others."""
+    every_step = TrainingConfig(batch_size=1, max_steps=100_000, learning_rate=1e-3, publish="every_step")
+    with crowded(base, stock, adapter_memory=2 * MIB) as runtime, ExitStack() as held:
+        assert room(runtime) == 8
+        job = runtime.finetune("made", DATA, lora=SPEC, training=every_step)
+        until(lambda: runtime.stats().publishes >= 2)
+        job.pause()
+        for n in range(8):
+            runtime.generate(PROMPT, f"a{n}", GREEDY)
+        assert len(resident(runtime) - {"made"}) == 6, "while nobody uses it, the room to publish to is lent"
+        holds = {name: held.enter_context(ExitStack()) for name in sorted(resident(runtime) - {"made"})}
+        *used, last = holds
+        for name in used:
+            holds[name].enter_context(runtime._in_memory(name))
+        has_entered = threading.Event()
+
+        def use_last() -> None:
+            with runtime._in_memory(last):
+                has_entered.set()
+
+        thread = threading.Thread(target=use_last)
+        thread.start()
+        until(lambda: runtime.stats().num_waiting == 1 or has_entered.is_set())
+        job.resume()
+        at = runtime.stats().publishes
+        until(lambda: runtime.stats().publishes >= at + 5)
+        assert not has_entered.is_set() and runtime.stats().num_waiting == 1
+        holds[used[2]].close()
+        thread.join(WAIT)
+        assert has_entered.is_set()
+        job.cancel()
+        assert not [r for r in caplog.records if "is not published" in r.getMessage()]
+        assert runtime.stats().publishes >= len(job.history) - 1, "each step but perhaps the last"
 
 
 def test_without_a_place_to_save_it_stays(base: Path, stock: list[Path]) -> None:

@@ -113,7 +113,7 @@ def test_a_decision_never_takes_what_is_used_nor_one_place_twice(
     spans.sort()
     assert all(a[1] <= b[0] for a, b in pairwise(spans)), "places overlap"
     assert all(a >= 0 and b <= pieces[-1].stop for a, b in spans)
-    assert all(by_slot[slot].state is HELD for slot in found.draining)
+    assert all(by_slot[slot].state in (IDLE, HELD) for slot in found.draining)
     taken = sum(p.size for p in by_slot.values() if p.state >= HELD) + sum(size_of[p.key] for p in found.placements)
     assert not found.placements or taken <= pieces[-1].stop - reserve
 
@@ -201,6 +201,18 @@ def test_nobody_starves_however_many_hot_adapters_keep_coming(data: st.DataObjec
     assert not cold, f"versions {cold} have waited since {[traffic.waiting[v] for v in cold]}"
     # Each of those before it in the queue waits at most until its patience and one use of the window are over.
     assert traffic.longest_wait <= (num_hot + num_cold) * (patience + ticks + 2)
+
+
+def test_two_neighbours_do_not_drain_by_turns() -> None:
+    """Both are asked for at every tick: the one that has left must stay away until the other has left as well."""
+    traffic = Traffic(capacity=4, patience=0)
+    for now in range(30):
+        traffic.ask(0, now, 2)
+        traffic.ask(1, now, 3)  # their uses do not end together
+        if now == 5:
+            traffic.ask(2, now, 2)
+        traffic.tick(now, {0: 2, 1: 2, 2: 4})
+        assert now < 15 or 2 not in traffic.waiting
 
 
 @pytest.mark.parametrize("is_aged", [False, True])

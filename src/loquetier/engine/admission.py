@@ -186,6 +186,7 @@ class Admission:
         self._state_bytes -= self._admitted.pop(job.job_id).estimate.state
         self._unpublished.discard(job.job_id)
         self._has_news = True
+        self.residency.look_again()  # what was kept for it to publish to is anybody's
 
     def _remove(self, ticket: Ticket) -> None:
         # What comes after it may fit where it did not.

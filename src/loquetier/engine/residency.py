@@ -12,7 +12,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import count
 
 from torch import Tensor
@@ -24,6 +24,7 @@ from loquetier.adapters.registry import ABSENT_SLOT, AdapterRegistry, AdapterVer
 from loquetier.adapters.spec import AdapterSpec, ModulePlan
 from loquetier.engine.background import Result
 from loquetier.engine.hold import Hold, HoldState
+from loquetier.engine.residency_books import ResidencyTotals, check_books
 from loquetier.engine.residency_policy import (
     Claim,
     Demand,
@@ -34,6 +35,7 @@ from loquetier.engine.residency_policy import (
     decide,
     drained_for,
     is_possible,
+    may_use,
 )
 from loquetier.engine.version_files import VersionFiles, unavailable
 from loquetier.errors import IntegrityError, LoquetierError, OutOfAdapterMemoryError
@@ -44,19 +46,6 @@ MOST_DEMANDS = 256
 """Versions that wait and are looked at, oldest first; the others' turn comes when these are served."""
 
 MOST_LAYOUTS = 1024
-
-
-@dataclass(slots=True)
-class ResidencyTotals:
-    """Since the engine began."""
-
-    loads: int = 0
-    """Versions brought in from files or host memory."""
-    host_hits: int = 0
-    """Of them, from host memory."""
-    load_seconds: float = 0.0
-    failures: int = 0
-    evictions: int = 0
 
 
 class Residency:
@@ -132,7 +121,7 @@ class Residency:
         assert hold.state is HoldState.NEW
         hold.ready, hold.fail = ready, fail
         version.last_used = next(self._uses)
-        if version.is_base or (version.is_resident and version.slot not in self._draining):
+        if version.is_base or (self._may_grant(version) and not (version.holders == 0 and self._idle_waiter())):
             self._grant(hold)
             return
         if version.slot < 0:
@@ -234,12 +223,14 @@ class Residency:
         if not (self.has_news or self._clock() >= self._next_aged):
             return
         self._news = False
+        self._grant_waiting()  # who has its weights here already comes first
         pieces = self._pieces()
         room = self._room_for_job(pieces)
-        demands = self._demands(before=self._room_since if room else math.inf)
+        before, kept = self._kept_for_publishing(pieces)
+        demands = self._demands(before=min(before, self._room_since if room else math.inf))
         versions = {id(v): v for v in self._waiting}
         decision = decide(pieces, demands, self._claims, self._reserve)
-        self._claims, self._draining = decision.claims, decision.draining | room
+        self._claims, self._draining = decision.claims, decision.draining | room | kept
         for placement in decision.placements:
             self._place(versions[placement.key], placement)
         left = {d.key for d in demands} - {p.key for p in decision.placements}
@@ -247,8 +238,44 @@ class Residency:
             self.files.save_one()  # memory is short: what training published should be able to leave too
         if left:
             self._fail_impossible([versions[key] for key in left])
-        for version in [v for v in self._waiting if v.is_resident and v.slot not in self._draining]:
-            self._grant_all(version)
+        self._grant_waiting()
+
+    def _grant_waiting(self) -> None:
+        """Who waits for a version that is here, as far as jobs keep their room."""
+        for version in sorted((v for v in self._waiting if v.is_resident), key=lambda v: self._waiting[v][0].since):
+            if self._may_grant(version):
+                self._grant_all(version)
+
+    def _may_grant(self, version: AdapterVersion) -> bool:
+        """An idle version is reused only while jobs keep the room that they will publish to."""
+        if not version.is_resident or version.slot in self._draining:
+            return False
+        if version.holders or not self._reserve or self.arena.free_bytes >= self.reserved_bytes():
+            return True
+        pieces = self._pieces()
+        own = next(p for p in pieces if p.slot == version.slot)
+        return own.state is not PieceState.IDLE or may_use(pieces, own.size, self._reserve)
+
+    def _idle_waiter(self) -> AdapterVersion | None:
+        """Of the versions that are here and may not be used yet, the one that is waited for longest."""
+        idle = [v for v in self._waiting if v.is_resident and not v.holders and v.slot not in self._draining]
+        return min(idle, key=lambda v: self._waiting[v][0].since, default=None)
+
+    def _kept_for_publishing(self, pieces: list[Piece]) -> tuple[float, frozenset[int]]:
+        """Slots that drain so that jobs have their room, and who has waited for theirs too long; who came since waits.
+
+        Returns:
+            Only demands of before this time are served; slots.
+        """
+        reserve, waiter, before = self._reserve, self._idle_waiter(), math.inf
+        if not reserve:
+            return before, frozenset()
+        if waiter is not None and self._clock() - self._waiting[waiter][0].since >= self.patience:
+            before = self._waiting[waiter][0].since
+            reserve += waiter.num_bytes // self.arena.itemsize
+        unsaved = {v.slot for v in self.registry.versions if v.is_live and v.source is None}
+        movable = [replace(p, state=PieceState.FIXED) if p.slot in unsaved else p for p in pieces]
+        return before, drained_for(movable, reserve)
 
     def want_room(self, num_bytes: int) -> None:
         """The first of the jobs that wait needs so much free or idle memory; 0 = none does (any more).
@@ -267,7 +294,9 @@ class Residency:
         self.room_changed()
         if self._clock() - self._room_since < self.patience:
             return frozenset()
-        return drained_for(pieces, self._room // self.arena.itemsize)
+        drained = drained_for(pieces, self._room // self.arena.itemsize)
+        # Who has left already stays away until there is enough.
+        return drained | {p.slot for p in pieces if drained and p.state is PieceState.IDLE}
 
     def _demands(self, before: float) -> list[Demand]:
         """Who began to wait before a time, oldest first."""
@@ -277,6 +306,9 @@ class Residency:
         ]
         absent = [v for v in absent if self._waiting[v][0].since < before]
         ages = [now - self._waiting[v][0].since for v in absent]
+        waiter = self._idle_waiter()
+        if waiter is not None:
+            ages.append(now - self._waiting[waiter][0].since)
         if self._room:
             ages.append(now - self._room_since)
         self._next_aged = now + min((self.patience - age for age in ages if age < self.patience), default=math.inf)
@@ -443,18 +475,7 @@ class Residency:
 
     def check_integrity(self) -> None:
         """Holds, waiters, loads and claims agree with the registry. Raises IntegrityError."""
-        users = sum(v.users for v in self.registry.versions)
-        if users != self._num_holds:
-            raise IntegrityError(f"residency: {users} users of adapter versions, {self._num_holds} holds")
-        for version, holds in self._waiting.items():
-            if not holds or version.users < len(holds) + version.holders:
-                raise IntegrityError(
-                    f"residency: {len(holds)} wait for {version.label}, which has {version.users} users"
-                )
-        for version in self.registry.versions:
-            if version.slot >= 0 and version.is_ready == (version in self._loading):
-                raise IntegrityError(f"residency: {version.label} in slot {version.slot} is neither read nor there")
-            if version.slot == ABSENT_SLOT and (version.source is None or version.source_digest is None):
-                raise IntegrityError(f"residency: {version.label} is not in the arena and has no files")
+        waiting = {version: len(holds) for version, holds in self._waiting.items()}
+        check_books(self.registry.versions, waiting, self._loading, self._num_holds)
         if self._claims and not (self._waiting or self.has_news):
             raise IntegrityError(f"residency: nobody waits, and {self._claims} are claimed")

@@ -130,8 +130,11 @@ def decide(
                 held[demand.key] = Claim(demand.key, window[0].start, window[-1].stop)
             elif own is None:
                 unclaimable = min(unclaimable, demand.size)
+    # Who has left already stays away too: two neighbours that drain by turns would never be idle at once.
     draining = frozenset(
-        p.slot for p in line if p.state is PieceState.HELD and any(claim.overlaps(p) for claim in held.values())
+        p.slot
+        for p in line
+        if p.state in (PieceState.IDLE, PieceState.HELD) and any(claim.overlaps(p) for claim in held.values())
     )
     return Decision(tuple(placements), tuple(held.values()), draining)
 
@@ -142,6 +145,15 @@ def is_possible(pieces: Sequence[Piece], size: int, reserve: int = 0) -> bool:
     if fixed + size > sum(p.size for p in pieces) - reserve:
         return False
     return best_window(pieces, size, PieceState.HELD, ()) is not None
+
+
+def may_use(pieces: Sequence[Piece], size: int, reserve: int) -> bool:
+    """Whether an idle version of `size` addresses may get users: jobs must keep theirs.
+
+    Also where the reserve cannot be had, whoever leaves: then nobody would gain by its waiting.
+    """
+    spare = sum(p.size for p in pieces if p.state <= PieceState.IDLE)
+    return spare >= reserve + size or not is_possible(pieces, size, reserve)
 
 
 def drained_for(pieces: Sequence[Piece], wanted: int) -> frozenset[int]:
