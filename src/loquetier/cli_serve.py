@@ -54,6 +54,9 @@ def serve(
     slo_tpot: Annotated[
         float | None, typer.Option(help="Seconds per further token: bounds what training adds to a step.")
     ] = None,
+    stream_interval: Annotated[
+        float | None, typer.Option(help="Seconds between two pieces of a stream; 0: each token at once. Else by load.")
+    ] = None,
     kv_memory: Annotated[int | None, typer.Option(help="Bytes for the KV cache.")] = None,
     adapter_memory: Annotated[int | None, typer.Option(help="Bytes for adapter weights.")] = None,
     train_memory: Annotated[int | None, typer.Option(help="Bytes for jobs' state and the open tape.")] = None,
@@ -91,6 +94,7 @@ def serve(
         adapter_root=adapter_root,
         slo_ttft=slo_ttft,
         slo_tpot=slo_tpot,
+        stream_interval=stream_interval,
         grace_seconds=grace,
         vllm_metrics=vllm_metrics,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,17 @@ from tests.tiny import BESIDE, FAMILIES, tiny_model
 from torch import Tensor, nn
 
 from loquetier.base.context import StepContext
+from loquetier.base.stack_deltas import StackCut
 from loquetier.engine.engine import Engine
-from loquetier.kernels.gemm import NO_KERNEL, GemmKernel
+from loquetier.kernels.gemm import AMX, NO_KERNEL, GemmKernel
 from loquetier.kernels.select import process_kernels
 
 __all__ = ["new_engine"]
 
 FUSED = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "smollm3", *BESIDE}
+LENGTHS = ((9, "all"), (30, BASE_NAME), (17, "some"), (1, "all"), (45, BASE_NAME), (12, "some"))
+"""Of the prompts, and whose they are."""
+LONG = ((9, "all"), (33, "all"), (80, "some"), (130, "all"), (64, "some"), (47, "all"))
 BF16_TOLERANCE = 0.15
 """Max abs error of a logit of these models (units to tens) after a few bfloat16 roundings that fall differently: the
 GEMM's sums run in another order than torch's. A wrong row, mask or adapter shows as whole units."""
@@ -113,9 +118,45 @@ def test_bfloat16_serving_equals_the_models_own_code(family: str, new_engine: En
         assert max_error(ours, theirs) < BF16_TOLERANCE, ours_seq.seq_id
 
 
-def logits_of(engine: Engine) -> Any:
+@needs_gemm
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_long_prompts_equal_the_models_own_code(dtype: Any, new_engine: EngineFactory, tmp_path: Path) -> None:
+    """Segments for tiles (blocks of rows that are whole, half and cut; ranks that need several tiles; columns that end
+    in half a line) beside decode rows of the same adapters. Without AMX the same on the pieces."""
+    model = tiny_model("llama", layers=2, hidden=96, head_dim=16, tie=True).bfloat16()
+    adapters = {
+        "all": peft_model(model, 1, r=5, lora_alpha=10, target_modules="all-linear"),
+        "some": peft_model(model, 2, r=40, lora_alpha=40, target_modules=["v_proj", "down_proj", "gate_proj"]),
+    }
+    config = {"page_size": 16, "max_prefill_rows": 120, "max_rows": 160, "adapter_dtype": dtype}
+    fast, slow = (new_engine(copy.deepcopy(model), **config) for _ in range(2))
+    slow.base.fused = slow.base.decode_stack = None
+    exact = new_engine(copy.deepcopy(model).float(), **config | {"adapter_dtype": "float32"})
+    stack = fast.base.decode_stack
+    assert stack is not None
+    cuts: list[StackCut] = []
+    cut = stack._deltas.cut
+
+    def kept(*args: Any) -> StackCut:
+        cuts.append(cut(*args))
+        return cuts[-1]
+
+    stack._deltas.cut = kept  # type: ignore[method-assign]
+    results = []
+    for engine in (fast, slow, exact):
+        for name, peft in adapters.items():
+            load_peft(engine, name, peft, tmp_path / f"{dtype}-{name}")
+        results.append(logits_of(engine, LONG))
+    longs = [len(c.pieces.longs) for c in cuts if c.pieces is not None]
+    has_tiles = _library is not None and GemmKernel(_library).level >= AMX
+    assert len(longs) == len(cuts) and (max(longs) > 0) == has_tiles
+    # Both round to bfloat16 as often; where they differ most, one may be luckier.
+    for (_, ours), (_, theirs), (_, right) in zip(*results, strict=True):
+        assert max_error(ours, right) < 1.5 * max_error(theirs, right)
+
+
+def logits_of(engine: Engine, lengths: Sequence[tuple[int, str]] = LENGTHS) -> Any:
     recorder = LogitRecorder(engine)
-    lengths = [(9, "all"), (30, BASE_NAME), (17, "some"), (1, "all"), (45, BASE_NAME), (12, "some")]
     # Answers are forced: a near tie must not send the two engines down different texts.
     for i, (length, name) in enumerate(lengths):
         ask(engine, prompt_of(length, i), name, max_tokens=12, ignore_eos=True, logit_bias={5 + i: 100.0})
@@ -154,6 +195,10 @@ def test_a_team_of_threads_gives_the_bits_of_one(new_engine: EngineFactory, tmp_
                 load_peft(engine, name, peft, tmp_path / name)
             assert engine.base.decode_stack is not None
             results.append([logits for _, logits in logits_of(engine)])
+            engine = new_engine(model, page_size=16, max_prefill_rows=120, max_rows=160)
+            for name, peft in adapters.items():
+                load_peft(engine, name, peft, tmp_path / name)
+            results[-1] += [logits for _, logits in logits_of(engine, ((100, "all"), (70, "some"), (40, "all")))]
     finally:
         torch.set_num_threads(before)
     for of_one, *of_teams in zip(*results, strict=True):

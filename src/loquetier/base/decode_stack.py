@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ctypes import addressof
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,30 +12,13 @@ from loquetier.base.context import StepContext
 from loquetier.base.fused import FusedLayer, FusedStack
 from loquetier.base.kv_cache import KVCache
 from loquetier.base.linear import LinearGroup
+from loquetier.base.stack_deltas import StackCut, StackDeltas
 from loquetier.kernels.gemm import PackedWeight
 from loquetier.kernels.native import DTYPE_CODES
 from loquetier.kernels.native_attention import NativeDecode, NativePrefill
-from loquetier.kernels.native_smlm import Rows
-from loquetier.kernels.native_stack import (
-    DeltaArguments,
-    LayerArguments,
-    NativeStack,
-    Pieces,
-    SpanArguments,
-    StackArguments,
-)
+from loquetier.kernels.native_stack import LayerArguments, NativeStack, SpanArguments, StackArguments
 from loquetier.kernels.rowops import Norm
-from loquetier.kernels.smlm import SmlmPlan, planned_rows
-
-
-@dataclass(frozen=True, slots=True)
-class _Deltas:
-    """The adapters of one layout of segments, as C reads them; `rows` keeps alive what the addresses point to."""
-
-    plan: SmlmPlan | None
-    rows: tuple[Rows, ...]
-    cut: Pieces | None
-    """None: they need torch."""
+from loquetier.kernels.smlm import SmlmPlan
 
 
 class DecodeStack:
@@ -50,7 +32,7 @@ class DecodeStack:
         self._fused, self._native = fused, native
         self._cache: KVCache | None = None
         self._layers: Any = None
-        self._deltas = _Deltas(None, (), None)
+        self._deltas = StackDeltas(fused, native, _packed(fused.layers[0].o).level)
 
     def takes(self, step: StepContext) -> bool:
         """PREFILL and DECODE rows and nothing else, on LoRA adapters that C can read, or on none."""
@@ -60,11 +42,13 @@ class DecodeStack:
             return False
         if not step.segments:
             return True
-        if step.smlm_plan is None:
-            return False
-        if self._deltas.plan is not step.smlm_plan:
-            self._deltas = self._read_deltas(step)
-        return self._deltas.cut is not None
+        return step.smlm_plan is not None and self._cut(step, step.smlm_plan).pieces is not None
+
+    def _cut(self, step: StepContext, plan: SmlmPlan) -> StackCut:
+        if plan.stack is None:
+            plan.stack = self._deltas.cut(step.segments, step.factors)
+        assert isinstance(plan.stack, StackCut)
+        return plan.stack
 
     def __call__(self, ids_M: Tensor, positions_M: Tensor, step: StepContext) -> Tensor:
         """Final hidden states ``[M, D]`` after the last norm. No autograd. Raises MemoryError."""
@@ -77,7 +61,7 @@ class DecodeStack:
         spans = (SpanArguments * len(step.prefill))(
             *(SpanArguments(a, b - a, past, pages_B.data_ptr()) for a, b, past, pages_B in step.prefill)
         )
-        cut = self._deltas.cut if step.segments else None
+        cut = self._cut(step, step.smlm_plan).pieces if step.segments and step.smlm_plan is not None else None
         arguments = StackArguments(
             num_layers=len(fused.layers), rows=len(ids_M), hidden=hidden_MD.shape[1], heads=fused.heads,
             kv_heads=fused.kv_heads, head_dim=fused.head_dim, inner=_packed(fused.layers[0].down).k,
@@ -90,9 +74,10 @@ class DecodeStack:
         if decode is not None:
             arguments.pages, arguments.pages_width = decode.pages_NB.data_ptr(), decode.pages_NB.shape[1]
             arguments.positions = decode.positions_N.data_ptr()
-        if cut is not None and len(cut.pieces):
-            arguments.pieces, arguments.by_gemm = addressof(cut.pieces), addressof(cut.by_gemm)
-            arguments.num_s, arguments.w_dtype = cut.num_s, DTYPE_CODES[cut.dtype]
+        if cut is not None:
+            arguments.pieces, arguments.longs = addressof(cut.pieces), addressof(cut.longs)
+            arguments.by_gemm, arguments.w_dtype = addressof(cut.by_gemm), DTYPE_CODES[cut.dtype]
+            arguments.num_s, arguments.num_packed = cut.num_s, cut.num_packed
         work = torch.empty(self._native.work_bytes(arguments), dtype=torch.uint8)
         arguments.work = work.data_ptr()
         self._native(arguments, self._layers)
@@ -110,27 +95,6 @@ class DecodeStack:
         )
         self._cache = cache
         return True
-
-    def _read_deltas(self, step: StepContext) -> _Deltas:
-        """The step's adapters in the order of the GEMMs; without a cut when some of them need torch."""
-        found: list[tuple[DeltaArguments, Rows]] = []
-        for i, layer in enumerate(self._fused.layers):
-            for j, group in enumerate((layer.qkv, layer.o, layer.gate_up, layer.down)):
-                for m in group.adapted:
-                    rows = planned_rows(m.module, step.segments, step.factors, step.smlm_plan)
-                    if rows is None or rows.long:
-                        return _Deltas(step.smlm_plan, (), None)
-                    if rows.scales:
-                        # C writes where it is told to: these are this module's columns and this step's rows.
-                        assert rows.widths[1] == m.stop - m.start and rows.stop <= step.num_rows
-                        table, scales = rows.table.buffer_info()[0], rows.scales.buffer_info()[0]
-                        where = (4 * i + j, table, scales, len(rows.scales), m.start, *reversed(rows.widths))
-                        found.append((DeltaArguments(*where), rows))
-        dtypes = {rows.dtype for _, rows in found}
-        assert len(dtypes) <= 1, "an arena has one dtype"
-        dtype = dtypes.pop() if dtypes else torch.float32
-        cut = self._native.cut([arguments for arguments, _ in found], 4 * len(self._fused.layers), dtype)
-        return _Deltas(step.smlm_plan, tuple(rows for _, rows in found), cut)
 
 
 def _layer_arguments(layer: FusedLayer, keys: Tensor, values: Tensor) -> LayerArguments:

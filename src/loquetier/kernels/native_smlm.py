@@ -15,7 +15,6 @@ from loquetier.kernels.reference import Factors, FactorTable, Segment
 
 _MATRIX = (c_void_p, c_int64)
 
-
 LONG_FORWARD, LONG_BACKWARD = 3072, 6144
 """Rows times rank of one segment from which on torch's GEMMs win.
 
@@ -44,7 +43,7 @@ class Rows(NamedTuple):
 
 
 def forward_rows(module: int, segments: Sequence[Segment], table: FactorTable) -> Rows | None:
-    """Pointers for a forward; None when C cannot take these factors (see `_usable`)."""
+    """Pointers for a forward; None when C cannot take these factors (see `usable_factor`)."""
     return _rows([(s, f, None) for s in segments if (f := table[s.slot].get(module)) is not None], LONG_FORWARD)
 
 
@@ -67,12 +66,12 @@ def _rows(found: Sequence[tuple[Segment, Factors, Factors | None]], longest: int
     last = 0
     widths = (found[0][1].a_RK.shape[1], found[0][1].b_RN.shape[1]) if found else (0, 0)
     for segment, (a_RK, b_RN, scale), grad in found:
-        if not (_usable(a_RK, dtype) and _usable(b_RN, dtype)):
+        if not (usable_factor(a_RK, dtype) and usable_factor(b_RN, dtype)):
             return None
         assert (a_RK.shape[1], b_RN.shape[1]) == widths and len(a_RK) == len(b_RN), "one module has one shape"
         grad_a = grad_b = 0
         if grad is not None:
-            if not (_usable(grad.a_RK, torch.float32) and _usable(grad.b_RN, torch.float32)):
+            if not (usable_factor(grad.a_RK, torch.float32) and usable_factor(grad.b_RN, torch.float32)):
                 return None
             grad_a, grad_b = grad.a_RK.data_ptr(), grad.b_RN.data_ptr()
         _, start, stop = segment
@@ -86,7 +85,7 @@ def _rows(found: Sequence[tuple[Segment, Factors, Factors | None]], longest: int
     return Rows(array("q", rows), array("d", scales), dtype, tuple(long), widths, last)
 
 
-def _usable(factor: Tensor, dtype: torch.dtype) -> bool:
+def usable_factor(factor: Tensor, dtype: torch.dtype) -> bool:
     """One dtype over all segments, rows without gaps, on a CPU."""
     return factor.dtype == dtype and dtype in DTYPE_CODES and factor.is_contiguous() and factor.is_cpu
 

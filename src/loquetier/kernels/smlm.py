@@ -31,13 +31,15 @@ class SmlmPlan:
     It belongs to one arena: a slot's weights do not move, and slot numbers are never used twice.
     """
 
-    __slots__ = ("_tables", "fixed", "layouts", "rows")
+    __slots__ = ("_tables", "fixed", "layouts", "rows", "stack")
 
     def __init__(self, tables: dict[torch.device, SlotTable] | None = None, fixed: Layout | None = None) -> None:
         self.fixed = fixed
         """Triton: the one layout that every call uses, whatever its segments (see `SmlmPlans.fixed`)."""
         self.rows: dict[int, Rows | None] = {}
         """C: pointers by module."""
+        self.stack: object | None = None
+        """C: what the decoder stack as one call needs; its owner's."""
         self.layouts: dict[tuple[object, ...], Layout] = {}
         """Triton: tiles on the device, by segments (all, or the train rows') and what drops."""
         self._tables = {} if tables is None else tables

@@ -15,6 +15,7 @@ from loquetier.engine.request import TokenEvent
 from loquetier.generation import Collector, Completion
 from loquetier.server.auth import Principal, Scope
 from loquetier.server.orders import Order
+from loquetier.server.pieces import joined
 from loquetier.server.problems import ApiError, bad
 from loquetier.server.running import Running, running
 from loquetier.server.services import Services
@@ -126,7 +127,7 @@ async def _stream(services: Services, seen: Observation, run: Running, shape: Sh
     try:
         async for batch in run.batches():
             out: list[bytes] = []
-            for index, event in batch:
+            for index, event in batch if seen.order.return_token_ids else joined(batch):
                 for chunk in shape.chunks(index, event):
                     if options.usage:
                         chunk["usage"] = (
@@ -148,6 +149,7 @@ async def _stream(services: Services, seen: Observation, run: Running, shape: Sh
 def _finished(
     services: Services, seen: Observation, run: Running, reason: str, error: BaseException | None = None
 ) -> None:
+    run.settle()
     services.metrics.finished(_name(seen.order), run.times, run.completion_tokens, reason)
     kind = (error.api_code or str(error.status)) if isinstance(error, ApiError) else None
     seen.end(

@@ -33,9 +33,8 @@ class RequestTimes:
     def __post_init__(self) -> None:
         self.began = self.clock()
 
-    def token(self) -> None:
-        """A token has come."""
-        now = self.clock()
+    def token(self, now: float) -> None:
+        """A token came at `now`, by the same clock."""
         if self.first is None:
             self.first = now
         elif self.last is not None:

@@ -12,16 +12,15 @@ from loquetier.engine_port import Ticket
 from loquetier.errors import AdapterUnavailableError, EngineStoppedError, LoquetierError, OutOfAdapterMemoryError
 from loquetier.server.admission import Waiting
 from loquetier.server.auth import Principal
+from loquetier.server.inbox import Inbox
 from loquetier.server.metrics import RequestTimes
 from loquetier.server.orders import Order
+from loquetier.server.pieces import WHOLE_INTERVAL, Event, stream_interval
 from loquetier.server.problems import bad, from_error, overloaded
 from loquetier.server.services import Services
 
 MAX_PENDING_EVENTS = 16384
 """Events that nobody takes: a client that lags further than this is gone."""
-
-Event = tuple[int, TokenEvent]
-"""The prompt's index and what happened to one of its choices."""
 
 
 class Running:
@@ -29,9 +28,8 @@ class Running:
 
     def __init__(self, services: Services, who: Principal, order: Order, num_prompts: int, waiting: Waiting) -> None:
         self._services, self._who, self._order, self._waiting = services, who, order, waiting
-        self._loop = asyncio.get_running_loop()
-        self._events: list[Event] = []
-        self._wake = asyncio.Event()
+        self._inbox: Inbox[tuple[float, Event]] = Inbox(self._interval)
+        """Events with the time at which they came."""
         self._ticket: Ticket | None = None
         self.num_open = num_prompts * order.params.n
         self.label = ""
@@ -62,26 +60,29 @@ class Running:
             raise from_error(error, order.model) from error
         self.label = self._ticket.label
 
+    def _interval(self) -> float:
+        if self._order.streaming is None:
+            return WHOLE_INTERVAL
+        return stream_interval(self._services.settings.stream_interval, len(self._services.open_runs))
+
     def _sink(self, index: int, event: TokenEvent) -> None:
         """On the engine's thread."""
-        self._loop.call_soon_threadsafe(self._take, index, event)
+        waiting = self._inbox.put((self._services.clock(), (index, event)), urgent=event.finish_reason is not None)
+        if waiting > MAX_PENDING_EVENTS:
+            self.abort()
 
-    def _take(self, index: int, event: TokenEvent) -> None:
+    def _take(self, at: float, event: TokenEvent) -> None:
         if event.token_id is not None:
             if not self.completion_tokens:
                 self._services.admission.started(self._waiting)
             self.completion_tokens += 1
             if self.times.first is None:
                 self.times.queued = event.queue_seconds
-            self.times.token()
+            self.times.token(at)
         if event.index == 0:
             self.cached_tokens += event.cached_tokens
         if event.finish_reason is not None:
             self.num_open -= 1
-        self._events.append((index, event))
-        self._wake.set()
-        if len(self._events) > MAX_PENDING_EVENTS:
-            self.abort()
 
     async def batches(self) -> AsyncIterator[list[Event]]:
         """What has happened since the last batch, until every choice is finished.
@@ -89,16 +90,18 @@ class Running:
         Raises:
             ApiError: the request failed, or was ended by the server.
         """
-        is_open = True
-        while is_open:
-            await self._wake.wait()
-            self._wake.clear()
-            batch, self._events = self._events, []
-            is_open = self.num_open > 0
-            for _, event in batch:
+        while self.num_open > 0:
+            batch = await self._inbox.take()
+            for at, (_, event) in batch:
+                self._take(at, event)
+            for _, (_, event) in batch:
                 self._check(event)
-            if batch:
-                yield batch
+            yield [event for _, event in batch]
+
+    def settle(self) -> None:
+        """Count what nobody took: the books of a client that has left are right too."""
+        for at, (_, event) in self._inbox.take_now():
+            self._take(at, event)
 
     def _check(self, event: TokenEvent) -> None:
         if event.error is not None:
@@ -127,6 +130,7 @@ class Running:
 
     def close(self) -> None:
         """It is over, or its client has left: nothing of it goes on."""
+        self.settle()
         if self.num_open:
             self.abort()
         elif not self._has_failed:

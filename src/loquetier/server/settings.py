@@ -38,6 +38,10 @@ class ServerSettings:
     """Seconds from the first byte (or the connection) to the end of the headers; then the connection is closed."""
     stall_timeout: float = 30.0
     """Seconds that a client may leave its full socket unread before its request is aborted."""
+    stream_interval: float | None = None
+    """Seconds between two pieces of a streamed answer, each with all tokens that came meanwhile; the first and the last
+    are never held back. 0: each token at once. None: each at once while up to 4 requests run, else 5 ms for each
+    request that runs, 0.1 s at most."""
     max_connections: int = 4096
     max_prompts: int = 64
     """Prompts of one completion request."""
@@ -66,6 +70,8 @@ class ServerSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port={self.port}: must be in [0, 65535]; 0 takes a free one")
+        if self.stream_interval is not None and not 0 <= self.stream_interval <= 1:
+            raise ConfigError(f"stream_interval={self.stream_interval}: must be seconds in [0, 1]")
         for name in ("slo_ttft", "slo_tpot"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 3600:

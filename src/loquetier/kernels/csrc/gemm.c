@@ -37,6 +37,8 @@ typedef struct {
     const uint16_t *x, *w, *bias;
     uint16_t *y;
     int64_t rows, padded_k, n, ldx, ldy;
+    lq_columns after;
+    void *context; /* of `after` */
 } Gemm;
 
 static int64_t padded(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
@@ -247,35 +249,25 @@ LQ_TARGET_AMX static inline void tile_piece(const Gemm *g, int64_t row, int64_t 
     }
 }
 
-/* All whole 32s of many rows, an even number of blocks. Returns the rows done, or 0 when memory ran out. */
-LQ_TARGET_AMX static int64_t many_rows(const Gemm *g, int64_t begin, int64_t end) {
-    int64_t rows = g->rows / (2 * TILE_ROWS) * (2 * TILE_ROWS), ld = CHUNK_BLOCKS * COLUMNS;
-    float *kept = NULL;
-    if (g->padded_k > DEPTH) {
-        kept = aligned_alloc(64, (size_t)(rows * ld) * sizeof *kept);
-        if (kept == NULL) return 0;
-    }
+static int64_t whole_rows(const Gemm *g) { return g->rows / (2 * TILE_ROWS) * (2 * TILE_ROWS); }
+
+/* All whole 32s of many rows, an even number of blocks. Returns the rows done. `kept`: sums of the depths before. */
+LQ_TARGET_AMX static int64_t many_rows(const Gemm *g, int64_t begin, int64_t end, float *kept) {
+    int64_t rows = whole_rows(g), ld = CHUNK_BLOCKS * COLUMNS;
     configure(TILE_ROWS, TILE_ROWS);
-    for (int64_t chunk = begin; chunk < end; chunk += CHUNK_BLOCKS) {
-        int64_t stop = chunk + CHUNK_BLOCKS < end ? chunk + CHUNK_BLOCKS : end;
-        for (int64_t from = 0; from < g->padded_k; from += DEPTH) {
-            int64_t to = from + DEPTH < g->padded_k ? from + DEPTH : g->padded_k;
-            for (int64_t row = 0; row < rows; row += 2 * TILE_ROWS)
-                for (int64_t block = chunk; block < stop; block += 2)
-                    tile_piece(g, row, block, from, to,
-                               kept == NULL ? NULL : kept + row * ld + (block - chunk) * COLUMNS, ld);
-        }
+    for (int64_t from = 0; from < g->padded_k; from += DEPTH) {
+        int64_t to = from + DEPTH < g->padded_k ? from + DEPTH : g->padded_k;
+        for (int64_t row = 0; row < rows; row += 2 * TILE_ROWS)
+            for (int64_t block = begin; block < end; block += 2)
+                tile_piece(g, row, block, from, to, kept == NULL ? NULL : kept + row * ld + (block - begin) * COLUMNS,
+                           ld);
     }
-    free(kept);
     return rows;
 }
 
-/* Rows of one piece of columns: as many as possible by 32, the rest by what is left. */
-LQ_TARGET_AMX static void blocks_amx(int64_t begin, int64_t end, void *context) {
-    const Gemm *g = context;
+/* A chunk of columns, `done` of whose rows are there: what is left by 32 rows, then by 16 at most. */
+LQ_TARGET_AMX static void other_rows(const Gemm *g, int64_t begin, int64_t end, int64_t done) {
     int64_t configured = 0; /* rows of the last loadconfig */
-    int64_t pairs_end = begin + (end - begin) / 2 * 2, done = 0;
-    if (g->rows >= MANY_ROWS) done = many_rows(g, begin, pairs_end);
     for (int64_t block = begin; block < end; block += 2) {
         int64_t pair = end - block > 1;
         for (int64_t row = pair ? done : 0, rows; row < g->rows; row += rows) {
@@ -293,6 +285,24 @@ LQ_TARGET_AMX static void blocks_amx(int64_t begin, int64_t end, void *context) 
             configured = rows;
         }
     }
+}
+
+LQ_TARGET_AMX static void blocks_amx(int64_t begin, int64_t end, void *context) {
+    const Gemm *g = context;
+    int many = g->rows >= MANY_ROWS;
+    float *kept = NULL;
+    if (many && g->padded_k > DEPTH) {
+        kept = aligned_alloc(64, (size_t)(whole_rows(g) * CHUNK_BLOCKS * COLUMNS) * sizeof *kept);
+        many = kept != NULL;
+    }
+    for (int64_t chunk = begin; chunk < end; chunk += CHUNK_BLOCKS) {
+        int64_t stop = chunk + CHUNK_BLOCKS < end ? chunk + CHUNK_BLOCKS : end;
+        int64_t done = many ? many_rows(g, chunk, chunk + (stop - chunk) / 2 * 2, kept) : 0;
+        other_rows(g, chunk, stop, done);
+        if (g->after != NULL)
+            g->after(chunk * COLUMNS, stop * COLUMNS < g->n ? stop * COLUMNS : g->n, g->context);
+    }
+    free(kept);
     _tile_release();
 }
 
@@ -323,6 +333,13 @@ LQ_EXPORT void lq_gemm_level(int64_t *level) {
  *   level as lq_gemm_level found it (2 or 1); with 0 this does nothing */
 LQ_EXPORT void lq_gemm_bf16(const uint16_t *x, const uint16_t *w, const uint16_t *bias, uint16_t *y, int64_t rows,
                             int64_t k, int64_t n, int64_t ldx, int64_t ldy, int64_t level) {
+    lq_gemm_bf16_then(x, w, bias, y, rows, k, n, ldx, ldy, level, NULL, NULL);
+}
+
+/* The same; with level 2 `after` is called on every chunk of y's columns as soon as it is there, by the thread that has
+ * it in its cache. Chunks begin at multiples of 16. */
+void lq_gemm_bf16_then(const uint16_t *x, const uint16_t *w, const uint16_t *bias, uint16_t *y, int64_t rows, int64_t k,
+                       int64_t n, int64_t ldx, int64_t ldy, int64_t level, lq_columns after, void *context) {
 #if LQ_X86
     int64_t padded_k = padded(k, TILE_K), blocks = padded(n, COLUMNS) / COLUMNS;
     uint16_t *copy = NULL;
@@ -334,10 +351,11 @@ LQ_EXPORT void lq_gemm_bf16(const uint16_t *x, const uint16_t *w, const uint16_t
         x = copy;
         ldx = padded_k;
     }
-    Gemm gemm = {x, w, bias, y, rows, padded_k, n, ldx, ldy};
+    Gemm gemm = {x, w, bias, y, rows, padded_k, n, ldx, ldy, after, context};
     lq_parallel_for(blocks, 2, level == 2 ? blocks_amx : blocks_avx512, &gemm);
     free(copy);
 #else
-    (void)x, (void)w, (void)bias, (void)y, (void)rows, (void)k, (void)n, (void)ldx, (void)ldy, (void)level;
+    (void)x, (void)w, (void)bias, (void)y, (void)rows, (void)k, (void)n, (void)ldx, (void)ldy, (void)level, (void)after,
+        (void)context;
 #endif
 }

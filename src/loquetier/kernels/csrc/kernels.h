@@ -4,6 +4,9 @@
 
 void lq_gemm_bf16(const uint16_t *x, const uint16_t *w, const uint16_t *bias, uint16_t *y, int64_t rows, int64_t k,
                   int64_t n, int64_t ldx, int64_t ldy, int64_t level);
+typedef void (*lq_columns)(int64_t from, int64_t to, void *context);
+void lq_gemm_bf16_then(const uint16_t *x, const uint16_t *w, const uint16_t *bias, uint16_t *y, int64_t rows, int64_t k,
+                       int64_t n, int64_t ldx, int64_t ldy, int64_t level, lq_columns after, void *context);
 /* Activations of gated linears. */
 enum { LQ_SILU = 0, LQ_GELU_TANH = 1 };
 
@@ -43,15 +46,42 @@ typedef struct {
     double scale;
 } LqPiece;
 
-/* Pieces of one GEMM: shrinks at pieces[first_shrink..first_expand), expands up to `end`. */
+/* A segment long enough for tiles, on columns [first, first + width) of a GEMM's y. */
 typedef struct {
-    int64_t first_shrink, first_expand, end;
+    const void *a, *b; /* [rank, k] and [rank, width] */
+    int64_t rank, row, rows, first, width, k;
+    int64_t a_at, b_at, s_at; /* of the room for packed factors and S */
+    int64_t first_block; /* among the blocks of rows of its GEMM */
+    double scale;
+} LqLong;
+
+/* Pieces of one GEMM: shrinks at pieces[first_shrink..first_expand), expands up to `end`; longs[first_long..end_long). */
+typedef struct {
+    int64_t first_shrink, first_expand, end, first_long, end_long;
 } LqPieces;
+
+enum { LQ_LONG_BLOCK = 32 /* rows */, LQ_LONG_LINE = 32 /* widths are multiples: a tile reads whole lines */ };
+enum { LQ_LONG_RANK = 512 /* at most: S of a block lies on a thread's stack */ };
 
 void lq_delta_shrink(const LqPiece *pieces, int64_t count, const uint16_t *x, int64_t x_stride, int64_t k, float *s,
                      int32_t w_dtype);
 void lq_delta_expand(const LqPiece *pieces, int64_t count, const float *s, uint16_t *y, int64_t y_stride,
                      int32_t w_dtype);
+
+/* The long segments of one GEMM. */
+typedef struct {
+    const LqLong *longs;
+    int64_t count;
+    const uint16_t *x;
+    uint16_t *y;
+    int64_t x_stride, y_stride;
+    uint16_t *packed; /* room for the factors and S of all of them */
+    int w_bf16;
+} LqLongs;
+
+int64_t lq_long_size(LqLong *l, int64_t at);
+void lq_longs_shrink(const LqLongs *c);
+void lq_longs_expand(int64_t from, int64_t to, void *longs);
 
 /* Rows [start, start + rows) of a step are tokens [past, past + rows) of the sequence with these pages. */
 typedef struct {

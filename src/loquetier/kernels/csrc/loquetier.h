@@ -39,6 +39,10 @@ void lq_parallel_for(int64_t size, int64_t grain, lq_body body, void *context);
  * body is called with [i, i + 1). */
 void lq_parallel_tasks(int64_t size, lq_body body, void *context);
 
+/* The same without the barrier of a team: an lq_parallel_for that does not read what the tasks write must follow, and its
+ * barrier ends both. */
+void lq_open_tasks(int64_t size, lq_body body, void *context);
+
 /* run(context) once on every thread of the pool, as a team: in it the two functions above share their work among the
  * members, who must all call them in the same order, and end with a barrier. Without a pool that can do this, run is
  * called once. Whatever a member computes outside of those calls, each computes for itself. */

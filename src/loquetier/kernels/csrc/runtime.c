@@ -214,12 +214,16 @@ static void drain(int64_t begin, int64_t end, void *context) {
     }
 }
 
-void lq_parallel_tasks(int64_t size, lq_body body, void *context) {
+void lq_open_tasks(int64_t size, lq_body body, void *context) {
     if (team != NULL) {
         for (int64_t i; (i = __atomic_fetch_add(&team->next, 1, __ATOMIC_RELAXED)) < size;) body(i, i + 1, context);
-        barrier();
         return;
     }
     Tasks tasks = {body, context, size, 0};
     lq_parallel_for(size, 1, drain, &tasks);
+}
+
+void lq_parallel_tasks(int64_t size, lq_body body, void *context) {
+    lq_open_tasks(size, body, context);
+    lq_barrier();
 }

@@ -190,10 +190,11 @@ static void expand_pieces(int64_t begin, int64_t end, void *context) {
     for (int64_t i = begin; i < end; i++) LQ_PICK(expand_piece)(h->s, h->pieces + i, h->y, h->stride, h->w_bf16);
 }
 
+/* In a team the barrier of the GEMM that must follow ends this too. */
 void lq_delta_shrink(const LqPiece *pieces, int64_t count, const uint16_t *x, int64_t x_stride, int64_t k, float *s,
                      int32_t w_dtype) {
     Half half = {pieces, x, NULL, x_stride, k, s, w_dtype == LQ_BF16};
-    lq_parallel_tasks(count, shrink_pieces, &half);
+    lq_open_tasks(count, shrink_pieces, &half);
 }
 
 void lq_delta_expand(const LqPiece *pieces, int64_t count, const float *s, uint16_t *y, int64_t y_stride,
@@ -202,39 +203,74 @@ void lq_delta_expand(const LqPiece *pieces, int64_t count, const float *s, uint1
     lq_parallel_tasks(count, expand_pieces, &half);
 }
 
-/* Cut the deltas (ascending by gemm) of `num_gemms` GEMMs into pieces.
- *   pieces, by_gemm  filled; pieces may be NULL to count them only
- *   sizes            [0] number of pieces, [1] floats of S that one GEMM needs at most */
+static int is_long(const LqDelta *delta, const int64_t *row, int tiles) {
+    return tiles && row[6] - row[5] >= LQ_LONG_BLOCK && row[4] <= LQ_LONG_RANK && delta->k % LQ_LONG_LINE == 0 &&
+           delta->width % LQ_LONG_LINE == 0 && delta->first % LQ_LONG_LINE == 0;
+}
+
+typedef struct {
+    LqPiece *pieces; /* NULL: to count only; then longs too */
+    LqLong *longs;
+    int64_t num_pieces, num_longs;
+    int64_t s_at;       /* of this half */
+    int64_t packed_at, blocks; /* of this GEMM */
+    int tiles;
+} Cut;
+
+static void cut_segment(Cut *cut, const LqDelta *delta, int64_t i, int half, int64_t w_size) {
+    const int64_t *row = delta->segments + i * ROW_LENGTH;
+    int64_t rank = row[4], start = row[5], stop = row[6];
+    int64_t step = half ? PIECE_COLUMNS : PIECE_RANKS, size = half ? delta->width : rank;
+    for (int64_t t = start; t < stop; t += BLOCK_ROWS)
+        for (int64_t c = 0; c < size; c += step) {
+            int64_t left = size - c < step ? size - c : step;
+            int64_t rows = stop - t < BLOCK_ROWS ? stop - t : BLOCK_ROWS, s = cut->s_at + (t - start) * rank;
+            const char *w = (const char *)(intptr_t)row[half] + c * (half ? 1 : delta->k) * w_size;
+            LqPiece piece = {w, half ? rank : left, t, rows, half ? s : s + c, rank,
+                             delta->width, delta->first + c, left, delta->scales[i]};
+            if (cut->pieces != NULL) cut->pieces[cut->num_pieces] = piece;
+            cut->num_pieces++;
+        }
+    cut->s_at += (stop - start) * rank;
+}
+
+static void keep_long(Cut *cut, const LqDelta *delta, int64_t i) {
+    const int64_t *row = delta->segments + i * ROW_LENGTH;
+    LqLong l = {(const void *)(intptr_t)row[0], (const void *)(intptr_t)row[1], row[4], row[5], row[6] - row[5],
+                delta->first, delta->width, delta->k, 0, 0, 0, cut->blocks, delta->scales[i]};
+    cut->packed_at = lq_long_size(&l, cut->packed_at);
+    cut->blocks += (l.rows + LQ_LONG_BLOCK - 1) / LQ_LONG_BLOCK;
+    if (cut->longs != NULL) cut->longs[cut->num_longs] = l;
+    cut->num_longs++;
+}
+
+/* Cut the deltas (ascending by gemm) of `num_gemms` GEMMs into pieces, and find those for tiles if there are tiles.
+ *   pieces, longs, by_gemm  filled; pieces and longs may be NULL to count them only
+ *   sizes  [0] pieces, [1] floats of S that one GEMM needs at most, [2] longs, [3] bfloat16 numbers that a
+ *          GEMM's longs need at most */
 LQ_EXPORT void lq_delta_pieces(const LqDelta *deltas, int64_t num_deltas, int64_t num_gemms, int64_t w_size,
-                               LqPiece *pieces, LqPieces *by_gemm, int64_t *sizes) {
+                               int64_t tiles, LqPiece *pieces, LqLong *longs, LqPieces *by_gemm, int64_t *sizes) {
     const LqDelta *end = deltas + num_deltas;
-    int64_t at = 0, most_s = 0;
+    Cut cut = {.pieces = pieces, .longs = longs, .tiles = tiles != 0};
+    sizes[1] = sizes[3] = 0;
     for (int64_t gemm = 0; gemm < num_gemms; gemm++) {
         const LqDelta *first = deltas;
-        by_gemm[gemm].first_shrink = at;
+        LqPieces *of = by_gemm + gemm;
+        of->first_shrink = cut.num_pieces, of->first_long = cut.num_longs;
+        cut.packed_at = cut.blocks = 0;
         for (int half = 0; half < 2; half++) {
-            int64_t s_at = 0;
-            if (half == 1) by_gemm[gemm].first_expand = at;
+            cut.s_at = 0;
+            if (half == 1) of->first_expand = cut.num_pieces;
             for (deltas = first; deltas < end && deltas->gemm == gemm; deltas++)
-                for (int64_t i = 0; i < deltas->count; i++) {
-                    const int64_t *row = deltas->segments + i * ROW_LENGTH;
-                    int64_t rank = row[4], start = row[5], stop = row[6];
-                    int64_t step = half ? PIECE_COLUMNS : PIECE_RANKS, size = half ? deltas->width : rank;
-                    for (int64_t t = start; t < stop; t += BLOCK_ROWS)
-                        for (int64_t c = 0; c < size; c += step) {
-                            int64_t left = size - c < step ? size - c : step;
-                            int64_t rows = stop - t < BLOCK_ROWS ? stop - t : BLOCK_ROWS, s = s_at + (t - start) * rank;
-                            const char *w = (const char *)(intptr_t)row[half] + c * (half ? 1 : deltas->k) * w_size;
-                            LqPiece piece = {w, half ? rank : left, t, rows, half ? s : s + c, rank,
-                                             deltas->width, deltas->first + c, left, deltas->scales[i]};
-                            if (pieces != NULL) pieces[at] = piece;
-                            at++;
-                        }
-                    s_at += (stop - start) * rank;
-                }
-            if (s_at > most_s) most_s = s_at;
+                for (int64_t i = 0; i < deltas->count; i++)
+                    if (!is_long(deltas, deltas->segments + i * ROW_LENGTH, cut.tiles))
+                        cut_segment(&cut, deltas, i, half, w_size);
+                    else if (half == 0)
+                        keep_long(&cut, deltas, i);
+            if (cut.s_at > sizes[1]) sizes[1] = cut.s_at;
         }
-        by_gemm[gemm].end = at;
+        of->end = cut.num_pieces, of->end_long = cut.num_longs;
+        if (cut.packed_at > sizes[3]) sizes[3] = cut.packed_at;
     }
-    sizes[0] = at, sizes[1] = most_s;
+    sizes[0] = cut.num_pieces, sizes[2] = cut.num_longs;
 }

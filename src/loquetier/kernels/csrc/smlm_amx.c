@@ -1,13 +1,13 @@
 /* SMLM for long segments of bfloat16 rows on AMX tiles: the products of smlm.c at the rate of the base's GEMM.
  *
- * Weights are float32 and packed as bfloat16 per call (a sliver of the rows' work); S and dS are rounded to bfloat16, sums
+ * Weights are packed as bfloat16 per call (a sliver of the rows' work); S and dS are rounded to bfloat16, sums
  * are float32. Rows go 32 at a time. In and out must be multiples of 32: a tile reads whole lines. As in smlm.c the
  * gradients are strips of columns, summed over rows in order, so they do not depend on threads. */
 #include "amx.h"
 
 #include <stdlib.h>
 
-enum { ROWS = 32, COLUMNS = 32 };
+enum { ROWS = LQ_LONG_BLOCK, COLUMNS = LQ_LONG_LINE };
 
 typedef struct {
     const uint16_t *x, *dy;
@@ -21,20 +21,32 @@ typedef struct {
     uint16_t *s_t, *ds_t;          /* [rank16, padded_rows] */
 } Long;
 
-#if LQ_X86
 static int64_t up(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
 
+#if LQ_X86
+/* 32 numbers of w as bfloat16. */
+LQ_TARGET_AMX static inline __m512i line_of(const void *w, int64_t at, int bf16) {
+    if (bf16) return _mm512_loadu_si512((const uint16_t *)w + at);
+    const float *from = (const float *)w + at;
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from));
+}
+
+/* 16 numbers of w as bfloat16; zeros behind its last row. */
+LQ_TARGET_AMX static inline __m256i half_line_of(const void *w, int64_t at, int exists, int bf16) {
+    if (!exists) return _mm256_setzero_si256();
+    if (bf16) return _mm256_loadu_si256((const __m256i *)((const uint16_t *)w + at));
+    return (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps((const float *)w + at));
+}
+
 /* w [rank, size] as the columns of a product over `size`. */
-LQ_TARGET_AMX static void pack_shrink(const float *w, uint16_t *out, int64_t rank, int64_t rank16, int64_t size) {
+LQ_TARGET_AMX static void pack_shrink(const void *w, int bf16, uint16_t *out, int64_t rank, int64_t rank16, int64_t size) {
     for (int64_t block = 0; block < rank16 / 16; block++)
         for (int64_t r = 0; r < 16; r++) {
             int64_t row = block * 16 + r;
             uint16_t *to = out + block * size * 16 + 2 * r;
             for (int64_t k = 0; k < size; k += 32) {
                 uint16_t line[32] = {0};
-                if (row < rank)
-                    _mm512_storeu_si512(line, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(w + row * size + k + 16),
-                                                                          _mm512_loadu_ps(w + row * size + k)));
+                if (row < rank) _mm512_storeu_si512(line, line_of(w, row * size + k, bf16));
                 for (int64_t pair = 0; pair < 16; pair++) memcpy(to + (k / 2 + pair) * 32, line + 2 * pair, 4);
             }
         }
@@ -44,14 +56,15 @@ static const uint16_t INTERLEAVE[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,
                                         8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
 
 /* w [rank, size] as the rows of a product over `rank`. */
-LQ_TARGET_AMX static void pack_expand(const float *w, uint16_t *out, int64_t rank, int64_t rank32, int64_t size) {
+LQ_TARGET_AMX static void pack_expand(const void *w, int bf16, uint16_t *out, int64_t rank, int64_t rank32, int64_t size) {
     __m512i order = _mm512_loadu_si512(INTERLEAVE);
     for (int64_t block = 0; block < size / 16; block++)
         for (int64_t pair = 0; pair < rank32 / 2; pair++) {
-            const float *from = w + 2 * pair * size + block * 16;
-            __m512 even = 2 * pair < rank ? _mm512_loadu_ps(from) : _mm512_setzero_ps();
-            __m512 odd = 2 * pair + 1 < rank ? _mm512_loadu_ps(from + size) : _mm512_setzero_ps();
-            __m512i both = _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+            int64_t at = 2 * pair * size + block * 16;
+            __m256i even = half_line_of(w, at, 2 * pair < rank, bf16);
+            __m256i odd = half_line_of(w, at + size, 2 * pair + 1 < rank, bf16);
+            __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1);
+            both = _mm512_permutexvar_epi16(order, both);
             _mm512_storeu_si512(out + (block * rank32 / 2 + pair) * 32, both);
         }
 }
@@ -77,12 +90,30 @@ LQ_TARGET_AMX static void shrink(const uint16_t *x, int64_t stride, int64_t rows
     }
 }
 
-/* y += s w for `rows` rows, s [32, rank32] bfloat16. */
-LQ_TARGET_AMX static void expand(const uint16_t *s, int64_t rows, const uint16_t *w, int64_t rank32, int64_t size,
-                                 uint16_t *y, int64_t stride) {
+/* y [columns, columns + 16) of a row += sums. */
+LQ_TARGET_AMX static inline void add_half(uint16_t *y, const float *sums) {
+    __m512i before = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)y)), 16);
+    __m512 after = _mm512_add_ps(_mm512_castsi512_ps(before), _mm512_load_ps(sums));
+    _mm256_storeu_si256((__m256i *)y, (__m256i)_mm512_cvtneps_pbh(after));
+}
+
+LQ_TARGET_AMX static inline void add_line(uint16_t *y, const float *sums) {
+    __m512i before = _mm512_loadu_si512(y);
+    __m512 low = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(before)), 16));
+    __m512 high =
+        _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(before, 1)), 16));
+    low = _mm512_add_ps(low, _mm512_load_ps(sums));
+    high = _mm512_add_ps(high, _mm512_load_ps(sums + 16));
+    _mm512_storeu_si512(y, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+}
+
+/* y += s w for `rows` rows and columns [from, to), multiples of 16; s [32, rank32] bfloat16. */
+LQ_TARGET_AMX static void expand(const uint16_t *s, int64_t rows, const uint16_t *w, int64_t rank32, int64_t from,
+                                 int64_t to, uint16_t *y, int64_t stride) {
     _Alignas(64) float sums[ROWS * COLUMNS];
-    for (int64_t column = 0; column < size; column += COLUMNS) {
-        const uint16_t *w0 = w + column / 16 * rank32 * 16, *w1 = w0 + rank32 * 16;
+    for (int64_t column = from; column < to; column += COLUMNS) {
+        int whole = to - column >= COLUMNS;
+        const uint16_t *w0 = w + column / 16 * rank32 * 16, *w1 = whole ? w0 + rank32 * 16 : w0;
         _tile_zero(0);
         _tile_zero(1);
         if (rows > 16) {
@@ -107,16 +138,11 @@ LQ_TARGET_AMX static void expand(const uint16_t *s, int64_t rows, const uint16_t
             _tile_stored(2, sums + 16 * COLUMNS, COLUMNS * 4);
             _tile_stored(3, sums + 16 * COLUMNS + 16, COLUMNS * 4);
         }
-        for (int64_t i = 0; i < rows; i++) {
-            uint16_t *at = y + i * stride + column;
-            __m512i before = _mm512_loadu_si512(at);
-            __m512 low = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(before)), 16));
-            __m512 high =
-                _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(before, 1)), 16));
-            low = _mm512_add_ps(low, _mm512_load_ps(sums + i * COLUMNS));
-            high = _mm512_add_ps(high, _mm512_load_ps(sums + i * COLUMNS + 16));
-            _mm512_storeu_si512(at, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-        }
+        for (int64_t i = 0; i < rows; i++)
+            if (whole)
+                add_line(y + i * stride + column, sums + i * COLUMNS);
+            else
+                add_half(y + i * stride + column, sums + i * COLUMNS);
     }
 }
 
@@ -149,14 +175,14 @@ LQ_TARGET_AMX static void long_rows(int64_t begin, int64_t end, void *context) {
         shrink(g->x + row * g->x_stride, g->x_stride, rows, g->shrink_a, g->in, g->rank16, s);
         round_s(s, g->scale, rows, g->rank16, g->rank32, half);
         if (g->dy == NULL) {
-            expand(half, rows, g->expand, g->rank32, g->out, g->y + row * g->y_stride, g->y_stride);
+            expand(half, rows, g->expand, g->rank32, 0, g->out, g->y + row * g->y_stride, g->y_stride);
             continue;
         }
         keep_t(half, row, g->rank16, g->rank32, g->s_t, g->padded_rows);
         shrink(g->dy + row * g->dy_stride, g->dy_stride, rows, g->shrink_b, g->out, g->rank16, s);
         round_s(s, g->scale, rows, g->rank16, g->rank32, half);
         keep_t(half, row, g->rank16, g->rank32, g->ds_t, g->padded_rows);
-        expand(half, rows, g->expand, g->rank32, g->in, g->y + row * g->y_stride, g->y_stride);
+        expand(half, rows, g->expand, g->rank32, 0, g->in, g->y + row * g->y_stride, g->y_stride);
     }
     _tile_release();
     free(memory);
@@ -224,9 +250,9 @@ static int32_t run_long(Long *g) {
     g->expand = g->shrink_b + g->rank16 * g->out;
     g->s_t = g->expand + columns * g->rank32;
     g->ds_t = g->s_t + kept / 2;
-    pack_shrink(g->a, g->shrink_a, g->rank, g->rank16, g->in);
-    if (backward) pack_shrink(g->b, g->shrink_b, g->rank, g->rank16, g->out);
-    pack_expand(backward ? g->a : g->b, g->expand, g->rank, g->rank32, columns);
+    pack_shrink(g->a, 0, g->shrink_a, g->rank, g->rank16, g->in);
+    if (backward) pack_shrink(g->b, 0, g->shrink_b, g->rank, g->rank16, g->out);
+    pack_expand(backward ? g->a : g->b, 0, g->expand, g->rank, g->rank32, columns);
     lq_parallel_for(g->padded_rows / ROWS, 1, long_rows, g);
     if (backward) lq_parallel_for((g->in + g->out) / COLUMNS, 1, long_gradients, g);
     free(memory);
@@ -264,5 +290,76 @@ LQ_EXPORT int32_t lq_smlm_long_backward(const uint16_t *x, int64_t x_stride, con
     (void)x, (void)x_stride, (void)dy, (void)dy_stride, (void)dx, (void)dx_stride, (void)rows, (void)in, (void)out,
         (void)a, (void)b, (void)grad_a, (void)grad_b, (void)rank, (void)scale;
     return 2;
+#endif
+}
+
+/* ---- long segments of a stack: S before the GEMM, its expansion on the columns that a thread has just computed ---- */
+
+/* Places of a segment's packed factors and S in the room of its GEMM, from `at` on; returns where the next one's begin. */
+int64_t lq_long_size(LqLong *l, int64_t at) {
+    l->a_at = at;
+    l->b_at = l->a_at + up(l->rank, 16) * l->k;
+    l->s_at = l->b_at + up(l->rank, 32) * l->width;
+    return l->s_at + up(l->rows, ROWS) * up(l->rank, 32);
+}
+
+#if LQ_X86
+static void pack_longs(int64_t begin, int64_t end, void *context) {
+    const LqLongs *c = context;
+    for (int64_t task = begin; task < end; task++) {
+        const LqLong *l = c->longs + task / 2;
+        if (task % 2)
+            pack_expand(l->b, c->w_bf16, c->packed + l->b_at, l->rank, up(l->rank, 32), l->width);
+        else
+            pack_shrink(l->a, c->w_bf16, c->packed + l->a_at, l->rank, up(l->rank, 16), l->k);
+    }
+}
+
+LQ_TARGET_AMX static void shrink_longs(int64_t begin, int64_t end, void *context) {
+    const LqLongs *c = context;
+    _Alignas(64) float s[ROWS * LQ_LONG_RANK];
+    for (int64_t block = begin; block < end; block++) {
+        const LqLong *l = c->longs;
+        while (l + 1 < c->longs + c->count && l[1].first_block <= block) l++;
+        int64_t at = (block - l->first_block) * ROWS, rows = l->rows - at < ROWS ? l->rows - at : ROWS;
+        int64_t rank16 = up(l->rank, 16), rank32 = up(l->rank, 32);
+        configure(rows < 16 ? rows : 16, rows > 16 ? rows - 16 : 16);
+        shrink(c->x + (l->row + at) * c->x_stride, c->x_stride, rows, c->packed + l->a_at, l->k, rank16, s);
+        round_s(s, (float)l->scale, rows, rank16, rank32, c->packed + l->s_at + at * rank32);
+    }
+    _tile_release();
+}
+#endif
+
+/* Pack the factors and compute S. On machines with AMX only, as what follows. */
+void lq_longs_shrink(const LqLongs *c) {
+#if LQ_X86
+    const LqLong *last = c->longs + c->count - 1;
+    lq_parallel_tasks(2 * c->count, pack_longs, (void *)c);
+    lq_parallel_tasks(last->first_block + (last->rows + ROWS - 1) / ROWS, shrink_longs, (void *)c);
+#else
+    (void)c;
+#endif
+}
+
+/* Columns [from, to) of y, which are there, += S B. An `lq_columns`; leaves tiles configured. */
+#if LQ_X86
+LQ_TARGET_AMX
+#endif
+void lq_longs_expand(int64_t from, int64_t to, void *longs) {
+#if LQ_X86
+    const LqLongs *c = longs;
+    for (const LqLong *l = c->longs; l < c->longs + c->count; l++) {
+        int64_t first = from > l->first ? from - l->first : 0, last = to < l->first + l->width ? to - l->first : l->width;
+        if (first >= last) continue;
+        for (int64_t at = 0; at < l->rows; at += ROWS) {
+            int64_t rows = l->rows - at < ROWS ? l->rows - at : ROWS, rank32 = up(l->rank, 32);
+            configure(rows < 16 ? rows : 16, rows > 16 ? rows - 16 : 16);
+            expand(c->packed + l->s_at + at * rank32, rows, c->packed + l->b_at, rank32, first, last,
+                   c->y + (l->row + at) * c->y_stride + l->first, c->y_stride);
+        }
+    }
+#else
+    (void)from, (void)to, (void)longs;
 #endif
 }

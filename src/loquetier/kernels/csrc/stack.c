@@ -15,7 +15,7 @@ typedef struct {
 
 typedef struct {
     int64_t num_layers, rows, hidden, heads, kv_heads, head_dim, inner, page_size, pages_width, level, num_spans,
-        first_decode, num_s;
+        first_decode, num_s, num_packed;
     void *x;               /* [rows, hidden]: the embedding's output; overwritten */
     void *y;               /* [rows, hidden]: the result */
     const void *cosines, *sines;                      /* [kinds of angles, rows, head_dim] */
@@ -25,8 +25,9 @@ typedef struct {
     void *work;            /* lq_stack_work bytes */
     const void *last_norm;
     double last_epsilon;
-    const LqPiece *pieces; /* NULL: no adapters */
-    const LqPieces *by_gemm;
+    const LqPiece *pieces;
+    const LqLong *longs;
+    const LqPieces *by_gemm; /* NULL: no adapters */
     int64_t w_dtype;       /* of the adapters */
     int64_t one_plus, activation; /* as in lq_rms_norm and lq_gated */
 } Stack;
@@ -35,34 +36,42 @@ typedef struct {
     const Stack *stack;
     const Layer *layers;
     float *s;
-    uint16_t *work;
+    uint16_t *packed, *work;
     int32_t failed; /* of member 0; a kernel fails for all members or for none */
 } Job;
 
 typedef struct {
     const Stack *stack;
     float *s;
+    uint16_t *packed;
     int64_t gemm;
     int32_t failed;
 } Run;
 
 static int64_t qkv_width(const Stack *s) { return (s->heads + 2 * s->kv_heads) * s->head_dim; }
 
-/* Bytes of `work`: S of the adapters, then the rows between the GEMMs. */
+/* Packed factors and S of tiles take whole cache lines, so that what follows begins at one. */
+static int64_t packed_size(const Stack *s) { return (s->num_packed + 31) / 32 * 32; }
+
+/* Bytes of `work`: packed factors and S of the adapters, then the rows between the GEMMs. */
 LQ_EXPORT int64_t lq_stack_work(const Stack *s) {
     int64_t per_row = 2 * s->hidden + qkv_width(s) + s->heads * s->head_dim + 3 * s->inner;
-    return s->num_s * (int64_t)sizeof(float) + s->rows * per_row * (int64_t)sizeof(uint16_t);
+    return s->num_s * (int64_t)sizeof(float) + (packed_size(s) + s->rows * per_row) * (int64_t)sizeof(uint16_t);
 }
 
 static void linear(Run *run, const uint16_t *x, const void *w, const void *bias, uint16_t *y, int64_t k, int64_t n) {
     const Stack *s = run->stack;
-    int64_t gemm = run->gemm++;
-    lq_gemm_bf16(x, w, bias, y, s->rows, k, n, k, n, s->level);
-    if (s->pieces == NULL || s->by_gemm[gemm].end == s->by_gemm[gemm].first_shrink) return;
-    const LqPieces *p = &s->by_gemm[gemm];
-    lq_delta_shrink(s->pieces + p->first_shrink, p->first_expand - p->first_shrink, x, k, k, run->s,
-                    (int32_t)s->w_dtype);
-    lq_delta_expand(s->pieces + p->first_expand, p->end - p->first_expand, run->s, y, n, (int32_t)s->w_dtype);
+    const LqPieces none = {0, 0, 0, 0, 0}, *p = s->by_gemm == NULL ? &none : &s->by_gemm[run->gemm++];
+    int64_t count = p->end_long - p->first_long;
+    LqLongs longs = {count ? s->longs + p->first_long : NULL, count, x, y, k, n, run->packed, s->w_dtype == LQ_BF16};
+    if (count) lq_longs_shrink(&longs);
+    int has_pieces = p->end > p->first_shrink;
+    if (has_pieces)
+        lq_delta_shrink(s->pieces + p->first_shrink, p->first_expand - p->first_shrink, x, k, k, run->s,
+                        (int32_t)s->w_dtype);
+    lq_gemm_bf16_then(x, w, bias, y, s->rows, k, n, k, n, s->level, count ? lq_longs_expand : NULL, &longs);
+    if (has_pieces)
+        lq_delta_expand(s->pieces + p->first_expand, p->end - p->first_expand, run->s, y, n, (int32_t)s->w_dtype);
 }
 
 static void attend(Run *run, const Layer *layer, uint16_t *qkv, uint16_t *out) {
@@ -102,7 +111,7 @@ static void add_and_norm(const Stack *s, const void *delta, const void *post, do
 static void run_stack(void *context) {
     Job *job = context;
     const Stack *s = job->stack;
-    Run run = {s, job->s, 0, 0};
+    Run run = {s, job->s, job->packed, 0, 0};
     uint16_t *normed = job->work, *delta = normed + s->rows * s->hidden, *qkv = delta + s->rows * s->hidden;
     uint16_t *attended = qkv + s->rows * qkv_width(s), *gate_up = attended + s->rows * s->heads * s->head_dim;
     uint16_t *inner = gate_up + 2 * s->rows * s->inner;
@@ -127,7 +136,9 @@ static void run_stack(void *context) {
 
 /* Returns 0, or not 0 when a kernel found no memory; then y is undefined. */
 LQ_EXPORT int32_t lq_decode_stack(const Stack *s, const Layer *layers) {
-    Job job = {s, layers, s->work, (uint16_t *)((float *)s->work + s->num_s), 0};
+    uint16_t *packed = s->work;
+    float *sums = (float *)(packed + packed_size(s));
+    Job job = {s, layers, sums, packed, (uint16_t *)(sums + s->num_s), 0};
     lq_together(run_stack, &job);
     return job.failed;
 }
