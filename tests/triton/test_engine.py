@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 from loquetier.adapters.spec import LoraSpec
 from loquetier.base.context import Binding, StepContext
 from loquetier.base.fuse import fused_stack
-from loquetier.base.kernel_rows import gate_kernel, make_kernel_rows, norm_kernel
+from loquetier.base.kernel_rows import TritonRows, gate_kernel, make_kernel_rows, norm_kernel
 from loquetier.kernels.rowops import RowKernels
 from loquetier.kernels.triton_rows import TritonRowOps
 
@@ -119,20 +119,20 @@ class Scaled(nn.Module):
 
 def test_only_modules_that_agree_are_swapped() -> None:
     like = torch.empty(0)
-    assert norm_kernel(Scaled()) is None
-    assert norm_kernel(nn.LayerNorm(8)) is None
-    assert gate_kernel(ACT2FN["relu"], 8, like) is None
-    assert gate_kernel(ACT2FN["gelu"], 8, like) is None, "the exact one, not tanh's"
-    assert gate_kernel(ACT2FN["silu"], 8, like) is not None
-    assert gate_kernel(ACT2FN["gelu_pytorch_tanh"], 8, like) is not None
-    assert gate_kernel(ACT2FN["silu"], 8, like.double()) is None
+    assert norm_kernel(Scaled(), TritonRows()) is None
+    assert norm_kernel(nn.LayerNorm(8), TritonRows()) is None
+    assert gate_kernel(ACT2FN["relu"], 8, like, TritonRows()) is None
+    assert gate_kernel(ACT2FN["gelu"], 8, like, TritonRows()) is None, "the exact one, not tanh's"
+    assert gate_kernel(ACT2FN["silu"], 8, like, TritonRows()) is not None
+    assert gate_kernel(ACT2FN["gelu_pytorch_tanh"], 8, like, TritonRows()) is not None
+    assert gate_kernel(ACT2FN["silu"], 8, like.double(), TritonRows()) is None
 
 
 def test_a_swapped_module_differentiates_train_rows_only() -> None:
     """Rows behind the train rows get no gradient; other types run the module's own code."""
     binding = Binding()
     binding.step = StepContext(num_rows=5, num_train=3)
-    kernel = gate_kernel(ACT2FN["silu"], 6, torch.empty(0))
+    kernel = gate_kernel(ACT2FN["silu"], 6, torch.empty(0), TritonRows())
     assert kernel is not None
     own = make_kernel_rows(kernel, lambda gate, up: nn.functional.silu(gate) * up, binding, torch.float32)
     gate, up = (torch.randn(1, 5, 6).requires_grad_() for _ in range(2))

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 import loquetier.bench.gpu.__main__ as script
-from loquetier.bench.gpu import numerics
+from loquetier.base.decode_stack import DecodeStack
+from loquetier.bench.gpu import measured, numerics, work
 from loquetier.bench.gpu.sections import SECTIONS, TARGETS, Section
-from loquetier.bench.gpu.shapes import LLAMA_3_8B, TINY
+from loquetier.bench.gpu.shapes import LLAMA_3_8B, TINY, random_model
 from loquetier.errors import EngineError
 from loquetier.kernels import triton_load, varlen
 
@@ -90,3 +91,27 @@ def test_sections_fit_the_time_and_the_shape_is_an_8b_model() -> None:
     assert LLAMA_3_8B.linear_weights == pytest.approx(7.504e9, rel=1e-3)
     judged = TARGETS[0].judged({"single_stream": {"result": {"base_ms_per_token": 9.0}}})
     assert judged["met"] is False and TARGETS[0].judged({})["met"] is None
+
+
+def test_the_numeric_check_covers_the_path_of_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In their dtype, on the fused stack; what is wrong there alone is found, and so is another path."""
+    small = measured.small_shape(TINY)
+    assert small.dtype == LLAMA_3_8B.dtype == measured.small_shape(LLAMA_3_8B).dtype
+    model = numerics._spread(random_model(small))
+    prompts = work.prompts(small, 3, seed=7)
+    found = measured.served(small, model, prompts, [(False, False)])
+    if not str(found["path"]).startswith("fused"):
+        pytest.skip("this processor has no kernels of a bfloat16 base")
+    assert 0 < found["logprob_error"] < 1
+
+    def wrong(self: DecodeStack, *args: Any) -> Any:
+        return right(self, *args) * 1.5
+
+    right = DecodeStack.__call__
+    with monkeypatch.context() as patch:
+        patch.setattr(DecodeStack, "__call__", wrong)
+        with pytest.raises(EngineError, match="log-probability is"):
+            measured.served(small, model, prompts, [(False, False)])
+    monkeypatch.setattr("loquetier.base.model.fused_stack", lambda *args: None)
+    with pytest.raises(EngineError, match="does not run on the fused stack"):
+        measured.served(small, model, prompts, [(False, False)])

@@ -198,7 +198,9 @@ class StepContext:
 class Binding:
     """The one mutable cell that all swapped modules of a base share: the step that is running, if any."""
 
-    __slots__ = ("step",)
+    __slots__ = ("own_code", "step")
 
     def __init__(self) -> None:
         self.step: StepContext | None = None
+        self.own_code = False
+        """True while something is held against the model's own code: then norms and activations run that."""

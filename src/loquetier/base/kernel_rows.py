@@ -1,4 +1,4 @@
-"""Norms and gated activations of the model on Triton kernels, with a backward of their own for the train rows.
+"""Norms and gated activations of the model on kernels, with a backward of their own for the train rows.
 
 "Verify, then swap": a module gets its kernel only if forward and backward give what the module's own code gives on
 random rows. What was swapped keeps its train rows' inputs, as `base.rowwise` does, and runs no autograd in between.
@@ -13,10 +13,130 @@ from torch import Tensor, nn
 
 from loquetier.base.context import Binding
 from loquetier.base.rowwise import RowFunction, pad_rows, row_axis
+from loquetier.kernels.native import DTYPE_CODES
+from loquetier.kernels.rowgrads import RowGrads
+from loquetier.kernels.rowops import GELU_TANH, SILU, Norm, RowOps
+from loquetier.kernels.select import Kernels
 
 _PROBE_ROWS = 5
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Of the largest value: the backward of eager code rounds each of its steps to the type, the kernel once."""
+
+
+class RowLibrary(Protocol):
+    """The kernels of one kind of device; rows are ``[rows, D]``, each result has memory of its own."""
+
+    def takes(self, dtype: torch.dtype, width: int) -> bool:
+        """Whether there are kernels for rows of this type and width."""
+        ...
+
+    def norm(self, x: Tensor, norm: Norm) -> Tensor:
+        """``norm(x)``."""
+        ...
+
+    def norm_backward(self, x: Tensor, norm: Norm, dy: Tensor) -> Tensor:
+        """Gradient of x."""
+        ...
+
+    def gated(self, gate: Tensor, up: Tensor, activation: int) -> Tensor:
+        """``act(gate) * up``; `activation` is one of `rowops`."""
+        ...
+
+    def gated_backward(self, gate: Tensor, up: Tensor, dy: Tensor, activation: int) -> tuple[Tensor, Tensor]:
+        """Gradients of gate and up."""
+        ...
+
+
+class TritonRows:
+    """On a GPU. `triton` is imported when a kernel runs."""
+
+    def takes(self, dtype: torch.dtype, width: int) -> bool:
+        """As `RowLibrary` has it."""
+        from loquetier.kernels import triton_rows
+
+        return triton_rows.takes(dtype, width)
+
+    def norm(self, x: Tensor, norm: Norm) -> Tensor:
+        """As `RowLibrary` has it."""
+        from loquetier.kernels import triton_rows
+
+        return triton_rows.rms_norm(x, norm.weight_D, norm.epsilon, one_plus=norm.one_plus)
+
+    def norm_backward(self, x: Tensor, norm: Norm, dy: Tensor) -> Tensor:
+        """As `RowLibrary` has it."""
+        from loquetier.kernels import triton_rows
+
+        return triton_rows.rms_norm_backward(x, norm.weight_D, norm.epsilon, dy, one_plus=norm.one_plus)
+
+    def gated(self, gate: Tensor, up: Tensor, activation: int) -> Tensor:
+        """As `RowLibrary` has it."""
+        from loquetier.kernels import triton_rows
+        from loquetier.kernels.triton_smlm import side_by_side
+
+        gate, up = side_by_side(gate), side_by_side(up)
+        y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        triton_rows.gated(gate, up, y, activation)
+        return y
+
+    def gated_backward(self, gate: Tensor, up: Tensor, dy: Tensor, activation: int) -> tuple[Tensor, Tensor]:
+        """As `RowLibrary` has it."""
+        from loquetier.kernels import triton_rows
+
+        return triton_rows.gated_backward(gate, up, dy, activation)
+
+
+class NativeRows:
+    """In C."""
+
+    def __init__(self, ops: RowOps, grads: RowGrads) -> None:
+        self._ops, self._grads = ops, grads
+
+    def takes(self, dtype: torch.dtype, width: int) -> bool:
+        """As `RowLibrary` has it."""
+        return dtype in DTYPE_CODES
+
+    def norm(self, x: Tensor, norm: Norm) -> Tensor:
+        """As `RowLibrary` has it."""
+        x = _near(x)
+        y = x.new_empty(x.shape)
+        self._ops.rms_norm(x, norm, y, None)
+        return y
+
+    def norm_backward(self, x: Tensor, norm: Norm, dy: Tensor) -> Tensor:
+        """As `RowLibrary` has it."""
+        x, dy = _near(x), _near(dy)
+        dx = x.new_empty(x.shape)
+        self._grads.rms_norm(x, norm, dy, dx)
+        return dx
+
+    def gated(self, gate: Tensor, up: Tensor, activation: int) -> Tensor:
+        """As `RowLibrary` has it."""
+        return self._ops.gated_pair(*_alike(gate, up), activation)
+
+    def gated_backward(self, gate: Tensor, up: Tensor, dy: Tensor, activation: int) -> tuple[Tensor, Tensor]:
+        """As `RowLibrary` has it."""
+        return self._grads.gated_pair(*_alike(gate, up), _near(dy), activation)
+
+
+def _near(x: Tensor) -> Tensor:
+    """With a row's elements side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _alike(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """With rows equally far apart in both, a row's elements side by side."""
+    same = gate.stride() == up.stride() and gate.stride(-1) == 1
+    return (gate, up) if same else (gate.contiguous(), up.contiguous())
+
+
+def row_library(kernels: Kernels) -> RowLibrary | None:
+    """What these kernels have for norms and activations, forward and backward."""
+    if kernels.in_triton("row_ops"):
+        return TritonRows()
+    library = kernels.native("row_ops")
+    if library is None or kernels.native("row_grads") is None:
+        return None
+    return NativeRows(RowOps(library), RowGrads(library))
 
 
 class RowKernel(Protocol):
@@ -32,75 +152,66 @@ class RowKernel(Protocol):
 
 
 class NormKernel:
-    """RMSNorm with a frozen weight; `one_plus` is Gemma's ``1 + weight``."""
+    """RMSNorm with a frozen weight."""
 
-    def __init__(self, weight_D: Tensor, epsilon: float, *, one_plus: bool) -> None:
-        self._weight_D, self._epsilon, self._one_plus = weight_D, epsilon, one_plus
-        self.dtype = weight_D.dtype
+    def __init__(self, rows: RowLibrary, norm: Norm) -> None:
+        self._rows, self._norm = rows, norm
+        self.dtype = norm.weight_D.dtype
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """The norm of ``[rows, D]``."""
-        from loquetier.kernels import triton_rows
-
-        return triton_rows.rms_norm(inputs[0], self._weight_D, self._epsilon, one_plus=self._one_plus)
+        return self._rows.norm(inputs[0], self._norm)
 
     def backward(self, dy: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Gradient of the norm's input."""
-        from loquetier.kernels import triton_rows
-
-        return (triton_rows.rms_norm_backward(inputs[0], self._weight_D, self._epsilon, dy, one_plus=self._one_plus),)
+        return (self._rows.norm_backward(inputs[0], self._norm, dy),)
 
 
 class GateKernel:
-    """``act(gate) * up`` with one of the activations of `triton_rows`."""
+    """``act(gate) * up`` with one of the activations of `rowops`."""
 
-    def __init__(self, activation: int) -> None:
-        self._activation = activation
+    def __init__(self, rows: RowLibrary, activation: int) -> None:
+        self._rows, self._activation = rows, activation
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Of gate and up, ``[rows, K]`` each."""
-        from loquetier.kernels import triton_rows
-        from loquetier.kernels.triton_smlm import side_by_side
-
-        gate_MK, up_MK = (side_by_side(x) for x in inputs)
-        y_MK = torch.empty(gate_MK.shape, dtype=gate_MK.dtype, device=gate_MK.device)
-        triton_rows.gated(gate_MK, up_MK, y_MK, self._activation)
-        return y_MK
+        return self._rows.gated(inputs[0], inputs[1], self._activation)
 
     def backward(self, dy: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Gradients of gate and up."""
-        from loquetier.kernels import triton_rows
-
-        return triton_rows.gated_backward(inputs[0], inputs[1], dy, self._activation)
+        return self._rows.gated_backward(inputs[0], inputs[1], dy, self._activation)
 
 
-def norm_kernel(module: nn.Module) -> NormKernel | None:
+def norm_kernel(module: nn.Module, rows: RowLibrary) -> NormKernel | None:
     """The kernel that computes what this norm computes; None when there is none."""
     epsilon = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
     weight = getattr(module, "weight", None)
     if not isinstance(epsilon, float) or weight is None or len(list(module.parameters())) != 1 or weight.dim() != 1:
         return None
-    if not _takes(weight.dtype, len(weight)):
+    if not rows.takes(weight.dtype, len(weight)):
         return None
     probe = (_random(len(weight), weight, seed=1),)
-    candidates = (NormKernel(weight.detach(), epsilon, one_plus=one_plus) for one_plus in (False, True))
+    candidates = (NormKernel(rows, Norm(weight.detach(), epsilon, one_plus)) for one_plus in (False, True))
     return next((c for c in candidates if _agrees(c, module, probe)), None)
 
 
-def gate_kernel(activation: nn.Module, width: int, like: Tensor) -> GateKernel | None:
+def gate_kernel(activation: nn.Module, width: int, like: Tensor, rows: RowLibrary) -> GateKernel | None:
     """The kernel of this activation times a second input; None when there is none."""
-    if not _takes(like.dtype, width):
+    if not rows.takes(like.dtype, width):
         return None
     probe = (_random(width, like, seed=1), _random(width, like, seed=2))
-    candidates = (GateKernel(number) for number in (0, 1))
+    candidates = (GateKernel(rows, number) for number in (SILU, GELU_TANH))
     return next((c for c in candidates if _agrees(c, lambda gate, up: activation(gate) * up, probe)), None)
 
 
 def make_kernel_rows(kernel: RowKernel, own: RowFunction, binding: Binding, dtype: torch.dtype) -> RowFunction:
-    """Run `kernel` instead of `own` on rows of `dtype`; under a tape it keeps the train rows only."""
+    """Run `kernel` instead of `own` on rows of `dtype`; under a tape it keeps the train rows only.
+
+    While `binding.own_code` is set, `own` runs.
+    """
 
     def forward(*inputs: Tensor) -> Tensor:
-        if inputs[0].dtype != dtype:
+        if inputs[0].dtype != dtype or binding.own_code:
             return own(*inputs)
         if not (torch.is_grad_enabled() and inputs[0].requires_grad):
             return _run(kernel, inputs)
@@ -139,12 +250,6 @@ def _run(kernel: RowKernel, inputs: tuple[Tensor, ...]) -> Tensor:
 
 def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
-
-
-def _takes(dtype: torch.dtype, width: int) -> bool:
-    from loquetier.kernels import triton_rows
-
-    return triton_rows.takes(dtype, width)
 
 
 def _random(width: int, like: Tensor, *, seed: int) -> Tensor:

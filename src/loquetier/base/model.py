@@ -24,6 +24,7 @@ from loquetier.base.fuse_train import train_footprints, train_stack
 from loquetier.base.fused import FusedStack
 from loquetier.base.fused_train import TrainStack
 from loquetier.base.gemm import BaseGemm, FrozenLinear, pack_base, pack_for_backward
+from loquetier.base.kernel_rows import row_library
 from loquetier.base.kv_cache import KVCache
 from loquetier.base.linear import VirtualLinear
 from loquetier.base.loading import LoadedBase
@@ -76,7 +77,8 @@ class Base:
         linears = {t.index: model.get_submodule(t.path) for t in self.targets}
         self._weights: dict[int, Any] = {index: linear.weight for index, linear in linears.items()}
         kernels = process_kernels(self.device.type)
-        limit_row_modules(model, layers, self._binding, in_triton=kernels.in_triton("row_ops"))
+        self.gates_in_kernels = limit_row_modules(model, layers, self._binding, row_library(kernels))
+        """Whether every gated activation of the model's own code is one kernel."""
         cut_layers(layers, self._binding)
         model.set_attn_implementation(ATTENTION_NAME)
         self.footprints = layer_footprints(layers, self.config, self.head_dim)
@@ -86,7 +88,9 @@ class Base:
         self._stack = decoder_stack(model)
         self._head = _head_only(model, self._stack)
         self._is_ready_to_train = False
+        self._binding.own_code = True
         self._take_kernels(kernels)
+        self._binding.own_code = False
         if self.fused is None and kernels.native("kv_write"):
             defer_rotary(layers, self._binding, self._probe_rows)
 

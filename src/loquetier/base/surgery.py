@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from loquetier.adapters.spec import LinearTarget
 from loquetier.base.context import Binding, LayerCall
-from loquetier.base.kernel_rows import gate_kernel, make_kernel_rows, norm_kernel
+from loquetier.base.kernel_rows import GateKernel, RowLibrary, gate_kernel, make_kernel_rows, norm_kernel
 from loquetier.base.linear import LinearGroup, VirtualLinear
 from loquetier.base.rowwise import make_row_limited
 
@@ -52,34 +52,40 @@ def _groups(paths: Iterable[str]) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def limit_row_modules(
-    model: nn.Module, layers: Iterable[nn.Module], binding: Binding, *, in_triton: bool = False
-) -> None:
+    model: nn.Module, layers: Iterable[nn.Module], binding: Binding, rows: RowLibrary | None = None
+) -> bool:
     """Make norms keep train rows only, and gated MLPs the inputs of their activation only.
 
     Args:
-        in_triton: run those of them on Triton kernels that give the same there.
+        rows: kernels to run those of them on that give the same there.
+
+    Returns:
+        Whether there are gated MLPs and each has its activation in a kernel.
     """
     for module in model.modules():
         if type(module).__name__.endswith(("Norm", "RMSNorm")) and not list(module.children()):
-            kernel = norm_kernel(module) if in_triton else None
+            kernel = None if rows is None else norm_kernel(module, rows)
             limited = make_row_limited(module.forward, binding)
             module.forward = limited if kernel is None else make_kernel_rows(kernel, limited, binding, kernel.dtype)
+    in_kernels: list[bool] = []
     for layer in layers:
         for module in layer.modules():
-            limited = _limited_mlp(module, binding, in_triton=in_triton)
+            limited, gate = _limited_mlp(module, binding, rows)
             if limited is not None:
                 module.forward = limited
+                in_kernels.append(gate is not None)
+    return bool(in_kernels) and all(in_kernels)
 
 
-def _limited_mlp(module: nn.Module, binding: Binding, *, in_triton: bool) -> Any:
-    """A forward equal to the module's own for the two gated MLP shapes of the field, or None for anything else.
+def _limited_mlp(module: nn.Module, binding: Binding, rows: RowLibrary | None) -> tuple[Any, GateKernel | None]:
+    """A forward equal to the module's own for the two gated MLP shapes of the field, and its kernel; None for others.
 
     "Verify, then swap": the swap stands only if it gives the original's result on random rows, bit for bit.
     """
     children = dict(module.named_children())
     act = children.get("act_fn") or children.get("activation_fn")
     if act is None or "down_proj" not in children:
-        return None
+        return None, None
     gated = make_row_limited(lambda gate, up: act(gate) * up, binding)
     down = children["down_proj"]
 
@@ -101,20 +107,20 @@ def _limited_mlp(module: nn.Module, binding: Binding, *, in_triton: bool) -> Any
 
         width = gate_up_proj.in_features
     else:
-        return None
+        return None, None
     if not isinstance(width, int):
-        return None
+        return None, None
     weight = next(down.parameters())
     probe = torch.randn(1, 3, width, dtype=weight.dtype, device=weight.device)
     with torch.no_grad():
         same = torch.equal(module(probe), forward(probe))
     if not same:
-        return None
+        return None, None
     inner = getattr(down, "in_features", None)
-    kernel = gate_kernel(act, inner, probe) if in_triton and isinstance(inner, int) else None
+    kernel = gate_kernel(act, inner, probe, rows) if rows is not None and isinstance(inner, int) else None
     if kernel is not None:
         gated = make_kernel_rows(kernel, gated, binding, probe.dtype)  # `forward` looks the name up when it runs
-    return forward
+    return forward, kernel
 
 
 def cut_layers(layers: Sequence[nn.Module], binding: Binding) -> None:

@@ -275,6 +275,7 @@ def memory_model(base: Base, config: EngineConfig, factor_itemsize: int) -> Memo
         max_train_rows=min(config.max_train_rows, config.max_rows),
         window=config.train_window,
         is_fused=base.fused is not None,
+        gates_in_kernels=base.gates_in_kernels and base.train_stack is None,
         has_plain_head=base.frozen_head is not None,
         host_is_device=base.device.type == "cpu",
     )

@@ -125,6 +125,8 @@ class MemoryModel:
     window: int
     is_fused: bool
     """Steps without TRAIN rows run the fused stack, which holds one MLP temporary less."""
+    gates_in_kernels: bool
+    """So do the model's own layers, because their gated activations are one kernel each."""
     has_plain_head: bool
     """Losses take one `PlainHead`: the logits only, whose gradient lies in their place."""
     host_is_device: bool
@@ -196,7 +198,7 @@ class MemoryModel:
         `trained`: the modules of the adapter that they run on.
         """
         rows = largest_fill(sorted((e.num_rows for e in examples), reverse=True), self.max_train_rows)
-        mlp = (3 if self.is_fused else 4) * max(layer.mlp for layer in self.layers)
+        mlp = (3 if self.is_fused or self.gates_in_kernels else 4) * max(layer.mlp for layer in self.layers)
         forward = rows * ((mlp + 4 * self.hidden + 2 * self.head_dim) * self.itemsize + rows * (self.score // 2))
         loss = rows * 2 * self.hidden * self.itemsize + self._loss(
             min(rows, sum(e.num_labels for e in examples)), trained, with_grad=False
@@ -210,7 +212,8 @@ class MemoryModel:
         size, hidden_bytes = self.itemsize, self.hidden * self.itemsize
         once = 2 * self.head_dim * size  # cos and sin
         graph = [layer.kept(trained) * size for layer in layers]
-        forward = 4 * max(layer.mlp for layer in self.layers) * size  # gate and up, activation, product
+        # Gate and up, activation, product; a kernel makes the product at once.
+        forward = (3 if self.gates_in_kernels else 4) * max(layer.mlp for layer in self.layers) * size
         at_once = rows if tape == "graph" else min(rows, self.max_train_rows)  # of the forward
         loss = hidden_bytes * rows + self._loss(min(at_once, labels), trained)
         if tape == "graph":
