@@ -381,6 +381,30 @@ def test_row_27_training_data_that_cannot_be_used(live: Live, client: openai.Ope
     assert client.fine_tuning.jobs.retrieve(made.id).status == "failed"
 
 
+def test_a_deleted_checkpoint_and_a_cancelled_job_leave_nothing_behind_a_restart(
+    base_dir: Path, tmp_path: Path
+) -> None:
+    often = {"lora": {"r": 2}, "training": {"max_steps": 100_000, "checkpoint_every": 2, "batch_size": 1}}
+    with tuned(base_dir, tmp_path, RING, "ann-key") as live:
+        client = live.client()
+        made = create(client, upload(client), BASE, often)
+        wait_until(lambda: list(client.fine_tuning.jobs.checkpoints.list(made.id)), "a checkpoint")
+        assert live.http("POST", f"{JOBS}/{made.id}/pause").status_code == 200
+    with tuned(base_dir, tmp_path, RING, "ann-key") as live:
+        client = live.client()
+        kept = list(client.fine_tuning.jobs.checkpoints.list(made.id))
+        for checkpoint in kept:  # the job's own files of the newest two are still there
+            assert client.models.delete(checkpoint.fine_tuned_model_checkpoint).deleted
+        assert live.http("POST", f"{JOBS}/{made.id}/resume").status_code == 200
+        wait_until(lambda: list(client.fine_tuning.jobs.checkpoints.list(made.id)), "another one")
+        assert all(c.step_number > kept[0].step_number for c in client.fine_tuning.jobs.checkpoints.list(made.id))
+        assert live.http("POST", f"{JOBS}/{made.id}/pause").status_code == 200
+    assert list((tmp_path / "jobs").iterdir())
+    with tuned(base_dir, tmp_path, RING, "ann-key") as live:
+        assert live.http("POST", f"{JOBS}/{made.id}/cancel").status_code == 200
+        assert not list((tmp_path / "jobs").iterdir())
+
+
 def test_ready_waits_for_what_a_job_is_said_to_be(live: Live, client: openai.OpenAI, file: FileObject) -> None:
     """Who waits for `/ready` after a restart must not find a job as it was before its data was read."""
     tuning = live.services.tuning
