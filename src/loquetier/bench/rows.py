@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from loquetier.bench.summary import OURS, PEFT, VLLM, VLLM_LORA, Goal, Row, both, field, rate
+from collections.abc import Callable, Mapping, Sequence
+
+from loquetier.bench.summary import OURS, PEFT, VLLM, VLLM_LORA, Goal, Row, Sample, Series, both, field, rate
+
+Column = Callable[[Sequence[Sample]], Series]
 
 
 def _tax(lora: float, base: float) -> float:
@@ -13,47 +17,47 @@ def _over(a: float, b: float) -> float:
     return a / b
 
 
+def _sum(a: float, b: float) -> float:
+    return a + b
+
+
+def _rates(key: str, title: str, columns: Mapping[str, Column], *goals: Goal, best: str) -> Row:
+    """Tokens per second, side by side."""
+    return Row(key=key, title=title, unit="tok/s", columns=columns, goals=goals, best=best)
+
+
+def _ours(
+    key: str, title: str, unit: str, value: Column, *, least: float | None = None, most: float | None = None,
+    best: str | None = None,
+) -> Row:  # fmt: skip
+    """A value of ours that has a goal of its own: `least` of it, or `most`, where less is better."""
+    goal = Goal(against=None, at_least=least, at_most=most)
+    return Row(
+        key=key, title=title, unit=unit, columns={OURS: value}, goals=(goal,), higher_is_better=most is None, best=best
+    )
+
+
 ROWS: tuple[Row, ...] = (
-    Row(
-        key="http_decode",
-        title="HTTP: 16 streams on 4 adapters",
-        unit="tok/s",
-        columns={
-            OURS: rate("ours-http", "decode"),
-            VLLM_LORA: rate("vllm-lora", "decode"),
-            VLLM: rate("vllm", "base"),
-        },
-        goals=(Goal(against=VLLM_LORA, at_least=5), Goal(against=VLLM, at_least=1.2)),
-        best="decode",
+    _rates(
+        "http_decode", "HTTP: 16 streams on 4 adapters",
+        {OURS: rate("ours-http", "decode"), VLLM_LORA: rate("vllm-lora", "decode"), VLLM: rate("vllm", "base")},
+        Goal(against=VLLM_LORA, at_least=5), Goal(against=VLLM, at_least=1.2), best="decode",
     ),
-    Row(
-        key="http_base",
-        title="HTTP: 16 streams on the base",
-        unit="tok/s",
-        columns={OURS: rate("ours-http", "base"), VLLM: rate("vllm", "base")},
-        best="decode",
+    _rates(
+        "http_base", "HTTP: 16 streams on the base",
+        {OURS: rate("ours-http", "base"), VLLM: rate("vllm", "base")}, best="decode",
     ),
-    Row(
-        key="decode",
-        title="in process: 16 streams on 4 adapters",
-        unit="tok/s",
-        columns={OURS: rate("ours", "decode"), PEFT: rate("peft", "decode")},
-        goals=(Goal(against=PEFT, at_least=6),),
-        best="decode",
+    _rates(
+        "decode", "in process: 16 streams on 4 adapters",
+        {OURS: rate("ours", "decode"), PEFT: rate("peft", "decode")}, Goal(against=PEFT, at_least=6), best="decode",
     ),
-    Row(
-        key="mixed",
-        title="in process: 16 adapters of ranks 4 to 64, over the rate on 4",
-        unit="x",
-        columns={OURS: both(_over, rate("ours", "mixed"), rate("ours", "decode"))},
-        goals=(Goal(against=None, at_least=0.8),),
+    _ours(
+        "mixed", "in process: 16 adapters of ranks 4 to 64, over the rate on 4", "x",
+        both(_over, rate("ours", "mixed"), rate("ours", "decode")), least=0.8,
     ),
-    Row(
-        key="http_mixed",
-        title="HTTP: 16 adapters of ranks 4 to 64, over the rate on 4",
-        unit="x",
-        columns={OURS: both(_over, rate("ours-http", "mixed"), rate("ours-http", "decode"))},
-        goals=(Goal(against=None, at_least=0.8),),
+    _ours(
+        "http_mixed", "HTTP: 16 adapters of ranks 4 to 64, over the rate on 4", "x",
+        both(_over, rate("ours-http", "mixed"), rate("ours-http", "decode")), least=0.8,
     ),
     Row(
         key="http_lora_tax",
@@ -66,30 +70,14 @@ ROWS: tuple[Row, ...] = (
         },
         goals=(Goal(against=None, at_most=15),),
     ),
-    Row(
-        key="lora_tax",
-        title="in process: LoRA tax",
-        unit="%",
-        higher_is_better=False,
-        columns={OURS: both(_tax, rate("ours", "decode"), rate("ours", "base"))},
-        goals=(Goal(against=None, at_most=15),),
-    ),
-    Row(
-        key="single",
-        title="in process: one stream, per token",
-        unit="ms",
-        higher_is_better=False,
-        columns={OURS: field("ours", "single", "token_s", 1e3)},
-        goals=(Goal(against=None, at_most=16),),
+    _ours("lora_tax", "in process: LoRA tax", "%", both(_tax, rate("ours", "decode"), rate("ours", "base")), most=15),
+    _ours(
+        "single", "in process: one stream, per token", "ms", field("ours", "single", "token_s", 1e3), most=16,
         best="single",
     ),
-    Row(
-        key="single_reads",
-        title="one stream, over reading the weights once",
-        unit="x",
-        higher_is_better=False,
-        columns={OURS: both(_over, field("ours", "single", "token_s"), field("ours", "roofline", "weights_s"))},
-        goals=(Goal(against=None, at_most=1.5),),
+    _ours(
+        "single_reads", "one stream, over reading the weights once", "x",
+        both(_over, field("ours", "single", "token_s"), field("ours", "roofline", "weights_s")), most=1.5,
     ),
     Row(
         key="http_single",
@@ -99,39 +87,23 @@ ROWS: tuple[Row, ...] = (
         columns={OURS: field("ours-http", "single", "token_s", 1e3), VLLM: field("vllm", "single", "token_s", 1e3)},
         best="single",
     ),
-    Row(
-        key="prefill",
-        title="in process: prefill of one prompt of 1,000 tokens",
-        unit="tok/s",
-        columns={OURS: rate("ours", "prefill"), PEFT: rate("peft", "prefill")},
-        goals=(Goal(against=None, at_least=1000),),
+    _rates(
+        "prefill", "in process: prefill of one prompt of 1,000 tokens",
+        {OURS: rate("ours", "prefill"), PEFT: rate("peft", "prefill")}, Goal(against=None, at_least=1000),
         best="prefill",
     ),
-    Row(
-        key="http_prefill",
-        title="HTTP: prefill of one prompt of 1,000 tokens",
-        unit="tok/s",
-        columns={OURS: rate("ours-http", "prefill"), VLLM: rate("vllm", "prefill")},
-        best="prefill",
+    _rates(
+        "http_prefill", "HTTP: prefill of one prompt of 1,000 tokens",
+        {OURS: rate("ours-http", "prefill"), VLLM: rate("vllm", "prefill")}, best="prefill",
     ),
-    Row(
-        key="overhead",
-        title="engine overhead in a step of 16 decode rows",
-        unit="%",
-        higher_is_better=False,
-        columns={OURS: field("ours-steps", "overhead", "overhead", 100)},
-        goals=(Goal(against=None, at_most=10),),
+    _ours(
+        "overhead", "engine overhead in a step of 16 decode rows", "%",
+        field("ours-steps", "overhead", "overhead", 100), most=10,
     ),
-    Row(
-        key="train",
-        title="fine-tuning, batch 8 (PEFT: with Trainer)",
-        unit="tok/s",
-        columns={
-            OURS: field("ours-train", "train", "tokens_per_s"),
-            PEFT: field("peft-train", "train", "tokens_per_s"),
-        },
-        goals=(Goal(against=PEFT, at_least=3),),
-        best="train",
+    _rates(
+        "train", "fine-tuning, batch 8 (PEFT: with Trainer)",
+        {OURS: field("ours-train", "train", "tokens_per_s"), PEFT: field("peft-train", "train", "tokens_per_s")},
+        Goal(against=PEFT, at_least=3), best="train",
     ),
     Row(
         key="train_memory",
@@ -144,19 +116,13 @@ ROWS: tuple[Row, ...] = (
         },
         goals=(Goal(against=PEFT, at_least=3),),
     ),
-    Row(
-        key="pair",
-        title="two jobs of batch 1 at once, over one after the other",
-        unit="x",
-        columns={OURS: field("ours-train", "pair", "gain")},
-        goals=(Goal(against=None, at_least=1.15),),
+    _ours(
+        "pair", "two jobs of batch 1 at once, over one after the other", "x", field("ours-train", "pair", "gain"),
+        least=1.15,
     ),
-    Row(
-        key="pair_of_4",
-        title="two jobs of batch 4 at once, over one after the other",
-        unit="x",
-        columns={OURS: field("ours-train", "pair_of_4", "gain")},
-        goals=(Goal(against=None, at_least=1),),
+    _ours(
+        "pair_of_4", "two jobs of batch 4 at once, over one after the other", "x",
+        field("ours-train", "pair_of_4", "gain"), least=1,
     ),
     Row(
         key="serve_and_train",
@@ -165,7 +131,7 @@ ROWS: tuple[Row, ...] = (
         higher_is_better=False,
         columns={
             OURS: field("ours", "both", "seconds"),
-            PEFT: both(lambda a, b: a + b, field("peft", "decode", "seconds"), field("peft", "train", "seconds")),
+            PEFT: both(_sum, field("peft", "decode", "seconds"), field("peft", "train", "seconds")),
         },
     ),
     Row(
@@ -174,10 +140,10 @@ ROWS: tuple[Row, ...] = (
         unit="x",
         columns={
             OURS: both(
-                lambda apart, at_once: apart / at_once,
-                both(lambda a, b: a + b, field("ours", "decode", "seconds"), field("ours", "train", "seconds")),
+                _over,
+                both(_sum, field("ours", "decode", "seconds"), field("ours", "train", "seconds")),
                 field("ours", "both", "seconds"),
             )
         },
     ),
-)
+)  # fmt: skip

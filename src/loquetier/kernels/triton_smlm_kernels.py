@@ -28,6 +28,26 @@ def _float(bits):
 
 
 @triton.jit
+def _entry(table, table_stride, module, tile, FACTOR: tl.constexpr):
+    """Where the table has the tile's slot, and the address of its factor: 0 where there is nothing to do."""
+    slot = tl.load(tile)
+    entry = table + slot.to(tl.int64) * table_stride + module * WORDS
+    return entry, tl.load(entry + FACTOR, mask=slot >= 0, other=0)
+
+
+@triton.jit
+def _rows(tile, BLOCK_M: tl.constexpr):
+    """The rows of a tile, and which of them there are."""
+    m = tl.arange(0, BLOCK_M)
+    return (tl.load(tile + 1) + m).to(tl.int64), m < tl.load(tile + 2)
+
+
+@triton.jit
+def _scale(entry, tile):
+    return _float(tl.load(entry + SCALE)) * _float(tl.load(tile + 4))
+
+
+@triton.jit
 def _dot(a, b, acc, COMPUTE: tl.constexpr):
     # "tf32x3" keeps float32's precision on tensor cores (a single TF32 product has 10 bits); it concerns float32 only.
     # COMPUTE is float32 in the interpreter, whose bfloat16 dot is garbage.
@@ -56,20 +76,14 @@ def shrink_kernel(
     """``planes[split, row, :R] = x[row] @ w^T``, every SPLIT-th block of columns. Grid: tiles, SPLIT, R / BLOCK_R."""
     tile = tiles + tl.program_id(0) * TILE_WORDS
     split = tl.program_id(1)
-    slot = tl.load(tile)
-    if slot < 0:
-        return
-    entry = table + slot.to(tl.int64) * table_stride + module * WORDS
-    address = tl.load(entry + FACTOR)
+    entry, address = _entry(table, table_stride, module, tile, FACTOR)
     if address == 0:
         return
     rank = tl.load(entry + RANK).to(tl.int32)
     if ALIGNED:
         address = tl.multiple_of(address, 16)
     w = address.to(tl.pointer_type(WEIGHTS))
-    m = tl.arange(0, BLOCK_M)
-    live = m < tl.load(tile + 2)
-    rows = (tl.load(tile + 1) + m).to(tl.int64)
+    rows, live = _rows(tile, BLOCK_M)
     q = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     for start in range(split * BLOCK_K, dim, BLOCK_K * SPLIT):
@@ -105,21 +119,15 @@ def expand_kernel(
     With DROP the columns that dropout hides from the module's input get nothing: this is then the backward.
     """
     tile = tiles + tl.program_id(0) * TILE_WORDS
-    slot = tl.load(tile)
-    if slot < 0:
-        return
-    entry = table + slot.to(tl.int64) * table_stride + module * WORDS
-    address = tl.load(entry + FACTOR)
+    entry, address = _entry(table, table_stride, module, tile, FACTOR)
     if address == 0:
         return
     rank = tl.load(entry + RANK).to(tl.int32)
-    scale = _float(tl.load(entry + SCALE)) * _float(tl.load(tile + 4))
+    scale = _scale(entry, tile)
     if ALIGNED:
         address = tl.multiple_of(address, 16)
     w = address.to(tl.pointer_type(WEIGHTS))
-    m = tl.arange(0, BLOCK_M)
-    live = m < tl.load(tile + 2)
-    rows = (tl.load(tile + 1) + m).to(tl.int64)
+    rows, live = _rows(tile, BLOCK_M)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first in range(0, R, BLOCK_R):
@@ -151,15 +159,11 @@ def wgrad_kernel(
     span = tl.program_id(0) // (R // BLOCK_R)
     tile = spans + span * TILE_WORDS
     part = tl.program_id(2)
-    slot = tl.load(tile)
-    if slot < 0:
-        return
-    entry = table + slot.to(tl.int64) * table_stride + module * WORDS
-    address = tl.load(entry + FACTOR)
+    entry, address = _entry(table, table_stride, module, tile, FACTOR)
     if address == 0:
         return
     rank = tl.load(entry + RANK).to(tl.int32)
-    scale = _float(tl.load(entry + SCALE)) * _float(tl.load(tile + 4))
+    scale = _scale(entry, tile)
     row0, count = tl.load(tile + 1), tl.load(tile + 2)
     q = tl.program_id(0) % (R // BLOCK_R) * BLOCK_R + tl.arange(0, BLOCK_R)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -191,11 +195,7 @@ def wgrad_sum_kernel(
 ):  # fmt: skip
     """``grad[q] += sum over parts of partial[part, span, q]``, in their order. Grid: spans, R, blocks of columns."""
     span, q = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(spans + span * TILE_WORDS)
-    if slot < 0:
-        return
-    entry = table + slot.to(tl.int64) * table_stride + module * WORDS
-    address = tl.load(entry + FACTOR)
+    entry, address = _entry(table, table_stride, module, spans + span * TILE_WORDS, FACTOR)
     if address == 0:
         return
     if q >= tl.load(entry + RANK).to(tl.int32):

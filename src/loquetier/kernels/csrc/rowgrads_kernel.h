@@ -39,13 +39,10 @@ LQ_TARGET static void LQ_NAME(norm_grads)(int64_t begin, int64_t end, void *cont
 LQ_INLINE void LQ_NAME(rotary_grad)(const RotaryGrad *r, int64_t x, int64_t angle, int bf16) {
     int64_t half = r->dim / 2;
     for (int64_t i = 0; i < half; i += LQ_WIDTH) {
-        int64_t left = half - i, low_at = x + i, high_at = x + half + i;
-        vf low = LQ_NAME(take)(r->dx, low_at, left, bf16), high = LQ_NAME(take)(r->dx, high_at, left, bf16);
-        vf cos_low = LQ_NAME(take)(r->cos, angle + i, left, bf16), sin_low = LQ_NAME(take)(r->sin, angle + i, left, bf16);
-        vf cos_high = LQ_NAME(take)(r->cos, angle + half + i, left, bf16);
-        vf sin_high = LQ_NAME(take)(r->sin, angle + half + i, left, bf16);
-        LQ_NAME(give)(r->dx, low_at, left, low * cos_low + high * sin_high, bf16);
-        LQ_NAME(give)(r->dx, high_at, left, high * cos_high - low * sin_low, bf16);
+        int64_t left = half - i;
+        LQ_NAME(Halves) h = LQ_NAME(halves)(r->dx, x + i, r->cos, r->sin, angle + i, half, left, bf16);
+        LQ_NAME(give)(r->dx, x + i, left, h.low * h.cos_low + h.high * h.sin_high, bf16);
+        LQ_NAME(give)(r->dx, x + half + i, left, h.high * h.cos_high - h.low * h.sin_low, bf16);
     }
 }
 

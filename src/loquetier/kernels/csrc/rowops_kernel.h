@@ -64,15 +64,12 @@ LQ_INLINE vf LQ_NAME(product)(vf a, vf b, int bf16) {
 LQ_INLINE void LQ_NAME(rotary_head)(const Rotary *r, int64_t x, int64_t angle, int bf16) {
     int64_t half = r->dim / 2;
     for (int64_t i = 0; i < half; i += LQ_WIDTH) {
-        int64_t left = half - i, low_at = x + i, high_at = x + half + i;
-        vf low = LQ_NAME(take)(r->x, low_at, left, bf16), high = LQ_NAME(take)(r->x, high_at, left, bf16);
-        vf cos_low = LQ_NAME(take)(r->cos, angle + i, left, bf16), sin_low = LQ_NAME(take)(r->sin, angle + i, left, bf16);
-        vf cos_high = LQ_NAME(take)(r->cos, angle + half + i, left, bf16);
-        vf sin_high = LQ_NAME(take)(r->sin, angle + half + i, left, bf16);
-        vf new_low = LQ_NAME(product)(low, cos_low, bf16) - LQ_NAME(product)(high, sin_low, bf16);
-        vf new_high = LQ_NAME(product)(high, cos_high, bf16) + LQ_NAME(product)(low, sin_high, bf16);
-        LQ_NAME(give)(r->x, low_at, left, new_low, bf16);
-        LQ_NAME(give)(r->x, high_at, left, new_high, bf16);
+        int64_t left = half - i;
+        LQ_NAME(Halves) h = LQ_NAME(halves)(r->x, x + i, r->cos, r->sin, angle + i, half, left, bf16);
+        vf low = LQ_NAME(product)(h.low, h.cos_low, bf16) - LQ_NAME(product)(h.high, h.sin_low, bf16);
+        vf high = LQ_NAME(product)(h.high, h.cos_high, bf16) + LQ_NAME(product)(h.low, h.sin_high, bf16);
+        LQ_NAME(give)(r->x, x + i, left, low, bf16);
+        LQ_NAME(give)(r->x, x + half + i, left, high, bf16);
     }
 }
 

@@ -31,6 +31,21 @@ LQ_INLINE vf LQ_NAME(normed)(vf value, float factor, vf weight, int one_plus, in
     return weight * LQ_NAME(stored)(value * factor, bf16);
 }
 
+/* Elements of both halves of a head, and their angles. */
+typedef struct {
+    vf low, high, cos_low, cos_high, sin_low, sin_high;
+} LQ_NAME(Halves);
+
+/* `left` of them from the head's first element on `x` and its first angle on `angle`, `half` apart. */
+LQ_INLINE LQ_NAME(Halves) LQ_NAME(halves)(const void *heads, int64_t x, const void *cos, const void *sin, int64_t angle,
+                                          int64_t half, int64_t left, int bf16) {
+    return (LQ_NAME(Halves)){
+        LQ_NAME(take)(heads, x, left, bf16),   LQ_NAME(take)(heads, x + half, left, bf16),
+        LQ_NAME(take)(cos, angle, left, bf16), LQ_NAME(take)(cos, angle + half, left, bf16),
+        LQ_NAME(take)(sin, angle, left, bf16), LQ_NAME(take)(sin, angle + half, left, bf16),
+    };
+}
+
 /* tanh(u) of the tanh form of gelu; *square is x * x. */
 LQ_INLINE vf LQ_NAME(gelu_bent)(vf x, vf *square) {
     *square = x * x;
