@@ -11,10 +11,10 @@ PIP_INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 # The stamp carries a checksum of what decides the installation: same files, nothing to do.
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: help install demo serve test test-kernels test-triton sanitize wheel crash zipf conform check fix bench bench-peers bench-gpu learning
+.PHONY: help install demo serve test test-kernels test-triton sanitize wheel crash zipf conform parity check fix bench bench-peers bench-gpu learning
 
 help:
-	@echo "make install | demo | serve | test | test-triton | sanitize | wheel | crash | zipf | conform | check | fix | bench | bench-peers | bench-gpu | learning"
+	@echo "make install | demo | serve | test | test-triton | sanitize | wheel | crash | zipf | conform | parity | check | fix | bench | bench-peers | bench-gpu | learning"
 
 install: $(STAMP)
 
@@ -80,6 +80,10 @@ zipf: install
 # Walks over the links of /openapi.json and lives of jobs by chance, at length; `make test` has a sample of both.
 conform: install
 	$(BIN)/python -m pytest -q -m conform_full tests/server
+
+# Whether an owner could tell by the clock what others have. Statistical: alone, on a quiet machine.
+parity: install
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.scale.parity
 
 check: install
 	$(BIN)/ruff check .

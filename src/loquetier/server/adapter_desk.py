@@ -90,7 +90,8 @@ class AdapterDesk:
     async def unload(self, who: Principal, name: str) -> int:
         """Stop serving `name`; returns the bytes that are or will be freed. Raises ApiError 404, or 400 in use."""
         async with self._turn:
-            self._check(who, name, not_loaded(name))
+            if not self.models.may_unload(who, name):
+                raise not_loaded(name)
             try:
                 freed = await asyncio.shield(asyncio.to_thread(self.forget, name))
             except LoquetierError as error:
@@ -121,19 +122,14 @@ class AdapterDesk:
 
     async def _change(self, who: Principal, name: str, change: Callable[[], AdapterInfo], param: str) -> AdapterInfo:
         async with self._turn:
-            # Asked here: the runtime's own error tells which adapters there are, and some are other owners'.
-            if self.port.find(name) is None:
+            # Asked here: the runtime's own error tells which adapters there are, and some are other owners'. In this
+            # order: what is not there takes as long as what is another's.
+            if not self.models.may_change(who, name) or self.port.find(name) is None:
                 raise _unknown(name, param)
-            self._check(who, name, _unknown(name, param))
             try:
                 return await asyncio.shield(asyncio.to_thread(change))
             except LoquetierError as error:
                 raise ApiError(error.status, str(error), code=error.code, param=param) from error
-
-    def _check(self, who: Principal, name: str, problem: ApiError) -> None:
-        """Another owner's adapter is one that does not exist."""
-        if not self.models.may_change(who, name):
-            raise problem
 
 
 def jailed(path: str, root: Path | None) -> Path:

@@ -84,6 +84,15 @@ class ModelBook:
             return False
         return who.may_use(name) or self._made(who, name)
 
+    def may_unload(self, who: Principal, name: str) -> bool:
+        """Whether there is such an adapter and this key may unload it.
+
+        What is not there costs as much as what is another's: one row is looked for, and nothing waits for a thread.
+        """
+        owner = None if self.durable is None else self.durable.owner_of(name)
+        is_there = owner is not None or self.port.find(name) is not None
+        return is_there and owner in (None, who.owner) and (who.may_use(name) or self._made(who, name))
+
     def may_load(self, who: Principal, name: str) -> bool:
         """Whether this key may load an adapter as `name`. What begins with "ft:" is the server's to give."""
         maker = name.partition(":ckpt-step-")[0]

@@ -114,8 +114,8 @@ def _change_routes(routes: APIRouter, tuning: Tuning) -> None:
         who: Principal = request.scope["state"]["principal"]
         if model == tuning.runtime.base_name:
             raise ApiError(403, "the base cannot be deleted", code="insufficient_permissions", param="model")
-        adapter = tuning.store.adapters.find(model)
-        if adapter is None or adapter.source == "loaded" or adapter.owner != who.owner:
+        adapter = tuning.store.adapters.find(model, who.owner)
+        if adapter is None or adapter.source == "loaded":
             raise model_not_found(model)
         await tuning.delete_model(model)
         return ModelDeleted(id=model)

@@ -79,9 +79,9 @@ class AdapterTable:
         """In the order of their names."""
         return [_adapter(row) for row in self.database.rows("SELECT * FROM adapters ORDER BY name")]
 
-    def find(self, name: str) -> AdapterRow | None:
-        """One adapter."""
-        row = self.database.row("SELECT * FROM adapters WHERE name = ?", (name,))
+    def find(self, name: str, owner: str | None = None) -> AdapterRow | None:
+        """One adapter; with `owner`, only if it is his."""
+        row = self.database.row("SELECT * FROM adapters WHERE name = ? AND owner = ifnull(?, owner)", (name, owner))
         return None if row is None else _adapter(row)
 
     def of_job(self, job_id: str) -> list[AdapterRow]:
@@ -201,10 +201,14 @@ class AdapterTable:
             "AND EXISTS (SELECT 1 FROM jobs WHERE jobs.id = job_id AND status IN ('succeeded', 'failed', 'cancelled'))"
         )
 
+    def owner_of(self, name: str) -> str | None:
+        """Whose adapter `name` is; None = there is no row of it."""
+        row = self.database.row("SELECT owner FROM adapters WHERE name = ?", (name,))
+        return None if row is None else str(row["owner"])
+
     def stranger(self, name: str, owner: str) -> bool:
         """Whether `name` is an adapter of another owner."""
-        row = self.database.row("SELECT owner FROM adapters WHERE name = ?", (name,))
-        return row is not None and row["owner"] != owner
+        return self.owner_of(name) not in (None, owner)
 
     def strangers(self, owner: str) -> set[str]:
         """Every such name."""
