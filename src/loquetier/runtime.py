@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import os
 import queue
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import aclosing, suppress
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 
 import torch
 
 from loquetier.adapters.packed import PackedAdapter
-from loquetier.adapters.peft_io import read_layout
-from loquetier.adapters.peft_write import write_adapter
-from loquetier.adapters.registry import AdapterVersion, check_name
+from loquetier.adapters.registry import check_name
 from loquetier.adapters.spec import AdapterSpec, LoraSpec
 from loquetier.arguments import Data, Prompt, checkpoint_config, encode_prompt, given, given_spec, path_of, records_of
 from loquetier.base.hardware import detect_hardware
@@ -30,14 +26,10 @@ from loquetier.checkpointing import CheckpointSaver, NewJob
 from loquetier.config import EngineConfig, SamplingParams, TrainingConfig, resolve
 from loquetier.engine.background import Threads
 from loquetier.engine.engine import Engine
-from loquetier.engine.hold import Hold
 from loquetier.engine.loop import EngineLoop
 from loquetier.engine.request import Request, TokenEvent
 from loquetier.engine_port import EnginePort
 from loquetier.errors import (
-    AdapterError,
-    AdapterExistsError,
-    AdapterInUseError,
     ConfigError,
     DataError,
     EngineError,
@@ -50,12 +42,9 @@ from loquetier.info import AdapterInfo as AdapterInfo
 from loquetier.info import RuntimeStats as RuntimeStats
 from loquetier.intake import start_later, start_now
 from loquetier.reporting.reporters import open_reporters
-from loquetier.storage import FULL, out_of_room
-from loquetier.training.chat import template_fingerprint
+from loquetier.served import ServedAdapters
 from loquetier.training.data import encode_examples
 from loquetier.training.job import EvalResult, FinetuneJob
-
-log = logging.getLogger("loquetier.adapters")
 
 
 class Runtime:
@@ -91,6 +80,7 @@ class Runtime:
         self.base_name = loaded.name
         self.tokenizer = loaded.tokenizer
         self._loop = EngineLoop(self._engine)
+        self._served = ServedAdapters(self._engine, self._loop)
         self._engine.residency.files.background = self._background = Threads(self._loop.submit)
         self._savers: list[tuple[CheckpointSaver, FinetuneJob]] = []
         try:
@@ -169,27 +159,7 @@ class Runtime:
             source: the directory; its files must stay as they are.
             number: of the version, higher than all before; None = the next one.
         """
-        base, engine = self._engine.base, self._engine
-        if packed.ignored:
-            keys = ", ".join(map(repr, packed.ignored[:8])) + (", ..." if len(packed.ignored) > 8 else "")
-            log.warning("adapter %s: adapter_config.json has keys that are not PEFT's and are ignored: %s", name, keys)
-        if self._template_differs(packed.template_fingerprint):
-            log.warning(
-                "adapter %s was trained under another chat template or tokenizer (%.80s) than the base %s has (%s): "
-                "chat prompts are not those it was trained on",
-                name,
-                packed.template_fingerprint,
-                base.name,
-                self.template_fingerprint,
-            )
-
-        def load() -> AdapterInfo:
-            if engine.jobs.find(name) is not None:
-                raise AdapterExistsError(f"a job is training {name!r}; cancel it first, or choose another name")
-            engine.adapters.add(name, packed, source, replace=replace, number=number)
-            return self._info(name)
-
-        return self._loop.call(load)
+        return self._served.add(name, packed, source, replace=replace, number=number)
 
     def register_adapter(self, name: str, number: int, directory: Path, digest: str) -> None:
         """Have a version of an earlier run answer as ``name@number`` again, and as `name` if it is the newest.
@@ -197,33 +167,19 @@ class Runtime:
         Only the config and the header are read; the weights come in with the first request, if the files still have
         this digest (as `export_adapter` gave it). Raises as `load_adapter`.
         """
-        check_name(name)
-        layout = read_layout(directory, self._engine.base.targets)
-        self._loop.call(lambda: self._engine.adapters.register(name, number, layout, directory, digest))
+        self._served.register(name, number, directory, digest)
 
     def number_after(self, name: str, number: int) -> int:
         """Give the next version of `name` a higher number than `number`, and than any before; returns the last one."""
-
-        def last() -> int:
-            self._engine.registry.number_after(name, number)
-            return self._engine.registry.last_number(name)
-
-        return self._loop.call(last)
+        return self._served.number_after(name, number)
 
     def on_swapped_in(self, tell: Callable[[float], object]) -> None:
         """Have `tell` called, on the engine's thread, with the seconds that each version took to come into memory."""
-        self._engine.residency.loaded = tell
+        self._served.on_swapped_in(tell)
 
     def on_forgotten(self, tell: Callable[[Path], object]) -> None:
         """Have `tell` called, on a background thread, with the directory of a version that nothing needs any more."""
-        files = self._engine.residency.files
-
-        def forgotten(version: AdapterVersion) -> None:
-            source = version.source
-            if source is not None:
-                files.background.clean_up(lambda: tell(source))
-
-        self._engine.residency.forgotten = forgotten
+        self._served.on_forgotten(tell)
 
     def unload_adapter(self, name: str) -> int:
         """Stop serving `name` at once; requests under way end on it. Returns the bytes that are or will be freed.
@@ -231,21 +187,11 @@ class Runtime:
         Raises:
             AdapterNotFoundError: no adapter of this name. AdapterInUseError: a job trains it.
         """
-
-        check_name(name)
-
-        def unload() -> int:
-            if self._engine.jobs.find(name) is not None:
-                raise AdapterInUseError(f"a job is training {name!r} and would publish it again; cancel it first")
-            there = [v for v in self._engine.registry.versions if v.name == name and v.slot >= 0]
-            self._engine.adapters.unload(name)
-            return sum(v.num_bytes for v in there if not v.is_live)
-
-        return self._loop.call(unload)
+        return self._served.unload(name)
 
     def adapters(self) -> list[AdapterInfo]:
         """The adapters that answer now."""
-        return self._loop.call(lambda: [self._info(name) for name in self._engine.registry.names])
+        return self._served.infos()
 
     def pin_adapter(self, name: str, *, wait: bool = True) -> AdapterInfo:
         """Bring the live version of `name` into the arena and keep it there, also the versions that follow it.
@@ -255,79 +201,23 @@ class Runtime:
         Raises:
             AdapterNotFoundError, AdapterUnavailableError, OutOfAdapterMemoryError: nothing is pinned.
         """
-        engine, there = self._engine, Future[None]()
-
-        def done(error: LoquetierError | None) -> None:
-            if error is None:
-                there.set_result(None)
-            else:
-                if engine.registry.find(name) is not None:
-                    engine.registry.set_pinned(name, False)
-                there.set_exception(error)
-
-        def pin() -> None:
-            self._info(name)
-            engine.residency.preload(name, done)
-            engine.registry.set_pinned(name, True)
-
-        self._loop.call(pin)
-        if wait:
-            there.result()
-        return self.adapter(name)
+        return self._served.pin(name, wait=wait)
 
     def unpin_adapter(self, name: str) -> AdapterInfo:
         """Let `name` leave the arena again when others need it. Raises AdapterNotFoundError."""
-
-        def unpin() -> AdapterInfo:
-            self._engine.registry.set_pinned(name, False)
-            self._engine.residency.look_again()
-            return self._info(name)
-
-        return self._loop.call(unpin)
+        return self._served.unpin(name)
 
     def adapter(self, name: str) -> AdapterInfo:
         """One adapter that answers now. Raises AdapterNotFoundError."""
-        return self._loop.call(lambda: self._info(name))
+        return self._served.info(name)
 
     def digest(self, model: str) -> str:
         """sha256 of a served version's layout and weights, the same for equal weights in any runtime."""
-        with self._in_memory(model):
-            return self._loop.call(lambda: self._engine.adapters.digest(model))
-
-    @contextmanager
-    def _in_memory(self, model: str) -> Iterator[None]:
-        """Keep a version in the arena; waits until it is there.
-
-        Raises:
-            AdapterUnavailableError, OutOfAdapterMemoryError.
-        """
-        residency, there = self._engine.residency, Future[None]()
-
-        def begin() -> Hold:
-            hold = residency.acquire(model)
-            try:
-                residency.start(hold, lambda: there.set_result(None), there.set_exception)
-            except BaseException:
-                residency.drop(hold)
-                raise
-            return hold
-
-        hold = self._loop.call(begin)
-        try:
-            there.result()
-            yield
-        finally:
-            with suppress(EngineStoppedError):
-                self._loop.call(lambda: residency.drop(hold))
+        return self._served.digest(model)
 
     def versions(self, name: str) -> list[int]:
         """Numbers of the versions of `name` in memory, the live one included. Raises AdapterNotFoundError."""
-
-        def numbers() -> list[int]:
-            self._info(name)
-            return sorted(v.number for v in self._engine.registry.versions if v.name == name)
-
-        return self._loop.call(numbers)
+        return self._served.versions(name)
 
     def rollback(self, name: str, number: int) -> AdapterInfo:
         """Make an older version, still in memory (`EngineConfig.keep_versions`), the one that answers as `name`.
@@ -338,13 +228,7 @@ class Runtime:
         Raises:
             AdapterNotFoundError: no adapter of this name, or that version is gone; nothing changed.
         """
-
-        def back() -> AdapterInfo:
-            self._engine.registry.rollback(name, number)
-            self._engine.residency.keep_pins()
-            return self._info(name)
-
-        return self._loop.call(back)
+        return self._served.rollback(name, number)
 
     def export_adapter(self, model: str, directory: str | os.PathLike[str], *, overwrite: bool = False) -> str:
         """Write a served version as a PEFT directory; returns its digest (sha256).
@@ -353,48 +237,12 @@ class Runtime:
             AdapterNotFoundError: no such model. ConfigError: it is the base. AdapterError: the directory exists or
                 cannot be written. InsufficientStorageError: the disk is full. Nothing is left behind.
         """
-        with self._in_memory(model):
-            version, modules, factors = self._loop.call(lambda: self._engine.adapters.factors(model))
-        try:
-            return write_adapter(
-                path_of(directory),
-                spec=version.spec,
-                modules=modules,
-                factors=factors,
-                base_name=str(self._engine.base.loaded.name),
-                overwrite=overwrite,
-                template_fingerprint=version.template_fingerprint,
-            )
-        except OSError as error:
-            if error.errno in FULL:
-                needed = sum(part.nbytes for parts in factors.values() for part in parts)
-                raise out_of_room(path_of(directory).absolute().parent, needed) from error
-            raise AdapterError(f"cannot write {os.fspath(directory)!r}: {error.strerror}") from error
+        return self._served.export(model, directory, overwrite=overwrite)
 
-    def _info(self, name: str) -> AdapterInfo:
-        version = self._engine.registry.resolve(name)
-        if version.is_base:
-            raise ConfigError(f"{name!r} is the base, not an adapter")
-        return AdapterInfo(
-            name,
-            version.number,
-            len(version.modules),
-            version.num_bytes,
-            version.users,
-            version.spec,
-            version.template_fingerprint,
-            self._template_differs(version.template_fingerprint),
-            is_resident=version.is_resident,
-            is_pinned=self._engine.registry.is_pinned(version),
-        )
-
-    @cached_property
+    @property
     def template_fingerprint(self) -> str | None:
         """What turns this base's conversations into token ids, as ``sha256:...``; None without a tokenizer."""
-        return None if self.tokenizer is None else template_fingerprint(self.tokenizer)
-
-    def _template_differs(self, other: str | None) -> bool:
-        return other is not None and self.template_fingerprint is not None and other != self.template_fingerprint
+        return self._served.template_fingerprint
 
     # --- answers ---
 

@@ -74,7 +74,7 @@ def detach_adapter(runtime: Runtime, name: str) -> AdapterImage:
     loop, engine = runtime._loop, runtime._engine
     was = loop.call(lambda: _pause(runtime, name))
     is_served = loop.call(lambda: engine.registry.find(name) is not None)
-    with runtime._in_memory(name) if is_served else nullcontext():
+    with runtime._served.in_memory(name) if is_served else nullcontext():
         image = _detached(runtime, name)
     if image.job is None or was is None:
         return image

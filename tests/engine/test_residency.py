@@ -354,11 +354,11 @@ def test_idle_adapters_are_reused_only_while_a_job_keeps_room_to_publish(
         holds = {name: held.enter_context(ExitStack()) for name in sorted(resident(runtime) - {"made"})}
         *used, last = holds
         for name in used:
-            holds[name].enter_context(runtime._in_memory(name))
+            holds[name].enter_context(runtime._served.in_memory(name))
         has_entered = threading.Event()
 
         def use_last() -> None:
-            with runtime._in_memory(last):
+            with runtime._served.in_memory(last):
                 has_entered.set()
 
         thread = threading.Thread(target=use_last)

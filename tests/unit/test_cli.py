@@ -15,7 +15,7 @@ import torch
 from tests.tiny import save_tiny
 
 import loquetier.finetuning as finetuning
-import loquetier.runtime as runtime
+import loquetier.served as served
 from loquetier.cli import main
 from loquetier.doctor import report
 from loquetier.errors import ConfigError
@@ -220,7 +220,7 @@ def test_a_full_disk_at_the_end_keeps_what_was_trained(
         patch.setattr("loquetier.storage.free_bytes", lambda _: 5000)
         err = failure_at_end(capsys, *train)
         assert "[insufficient_storage]" in err and "5000 are free" in err and "Trying again" not in err
-    real, tries = runtime.write_adapter, []
+    real, tries = served.write_adapter, []
 
     def full(*args: Any, **kwargs: Any) -> str:
         tries.append(1)
@@ -229,7 +229,7 @@ def test_a_full_disk_at_the_end_keeps_what_was_trained(
         return real(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runtime, "write_adapter", full)
+        patch.setattr(served, "write_adapter", full)
         patch.setattr("loquetier.storage.FIRST_WAIT", 0.01)
         assert exit_code(*train) == 0
     err = capsys.readouterr().err
@@ -246,7 +246,7 @@ def test_nobody_waits_for_room_against_ctrl_c(
     def interrupted(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runtime, "write_adapter", full)
+    monkeypatch.setattr(served, "write_adapter", full)
     monkeypatch.setattr("loquetier.cli_finetune.time.sleep", interrupted)
     train = ("finetune", str(data), "--name", "a", "--base", base, "--max-steps", "2", "--out", str(tmp_path / "out"))
     assert "[insufficient_storage]" in failure_at_end(capsys, *train)

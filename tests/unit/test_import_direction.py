@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "finetuning",
         "checkpointing",
         "virtual",
+        "served",
         "runtime",
     ),
     (
