@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loquetier.adapters.spec import AdapterSpec
-from loquetier.engine.engine import Totals
+from loquetier.engine.engine import Engine, Totals
 from loquetier.engine.residency_books import ResidencyTotals
 
 
@@ -64,3 +64,25 @@ class RuntimeStats:
     def mean_publish(self) -> float:
         """Seconds of a publish on average; 0 before the first."""
         return self.publish_seconds / self.publishes if self.publishes else 0.0
+
+
+def stats_of(engine: Engine) -> RuntimeStats:
+    """The books now; engine thread only."""
+    return RuntimeStats(
+        totals=replace(engine.totals),
+        tokens_generated=engine.serving.tokens_generated,
+        num_running=engine.scheduler.num_running,
+        num_waiting=engine.scheduler.num_waiting + engine.residency.num_waiting,
+        kv_pages_free=engine.scheduler.pages.num_available,
+        kv_pages=engine.allocator.num_pages,
+        arena_bytes_free=engine.arena.free_bytes,
+        arena_bytes=engine.arena.total_bytes,
+        publishes=engine.jobs.publisher.count,
+        publish_seconds=engine.jobs.publisher.took.total,
+        longest_publish=engine.jobs.publisher.longest,
+        publish_bytes=engine.jobs.publisher.num_bytes,
+        prefix_queries=engine.scheduler.pages.num_queried,
+        prefix_hits=engine.scheduler.pages.num_hit,
+        adapters=replace(engine.residency.totals),
+        adapters_resident=sum(v.is_resident for v in engine.registry.versions),
+    )

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import os
-import queue
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import aclosing, suppress
-from dataclasses import replace
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -18,33 +15,33 @@ import torch
 from loquetier.adapters.packed import PackedAdapter
 from loquetier.adapters.registry import check_name
 from loquetier.adapters.spec import AdapterSpec, LoraSpec
-from loquetier.arguments import Data, Prompt, checkpoint_config, encode_prompt, given, given_spec, path_of, records_of
+from loquetier.answers import Answers
+from loquetier.arguments import Data, Prompt, checkpoint_config, given, given_spec, path_of, records_of
 from loquetier.base.hardware import detect_hardware
 from loquetier.base.loading import load_base
 from loquetier.base.model import Base
-from loquetier.checkpointing import CheckpointSaver, NewJob
 from loquetier.config import EngineConfig, SamplingParams, TrainingConfig, resolve
 from loquetier.engine.background import Threads
 from loquetier.engine.engine import Engine
 from loquetier.engine.loop import EngineLoop
-from loquetier.engine.request import Request, TokenEvent
+from loquetier.engine.request import TokenEvent
 from loquetier.engine_port import EnginePort
 from loquetier.errors import (
     ConfigError,
-    DataError,
     EngineError,
     EngineStoppedError,
     LoquetierError,
 )
 from loquetier.finetuning import FinetuneHandle, JobCallback, JobObserver
-from loquetier.generation import Collector, Completion, GenerationHandle
+from loquetier.generation import Completion, GenerationHandle
 from loquetier.info import AdapterInfo as AdapterInfo
 from loquetier.info import RuntimeStats as RuntimeStats
-from loquetier.intake import start_later, start_now
+from loquetier.info import stats_of
+from loquetier.intake import Intake, JobOrder
 from loquetier.reporting.reporters import open_reporters
 from loquetier.served import ServedAdapters
 from loquetier.training.data import encode_examples
-from loquetier.training.job import EvalResult, FinetuneJob
+from loquetier.training.job import EvalResult
 
 
 class Runtime:
@@ -81,8 +78,9 @@ class Runtime:
         self.tokenizer = loaded.tokenizer
         self._loop = EngineLoop(self._engine)
         self._served = ServedAdapters(self._engine, self._loop)
+        self._answers = Answers(self._engine, self._loop)
+        self._intake = Intake(self._engine, self._loop)
         self._engine.residency.files.background = self._background = Threads(self._loop.submit)
-        self._savers: list[tuple[CheckpointSaver, FinetuneJob]] = []
         try:
             for name, directory in (adapters or {}).items():
                 self.load_adapter(name, directory)
@@ -96,16 +94,10 @@ class Runtime:
         Jobs with a checkpoint directory write a last checkpoint first; from there they can be resumed.
         """
         with suppress(EngineStoppedError):  # closed before, or died: then there is nothing good to save
-            self._loop.call(self._save_jobs)
+            self._loop.call(self._intake.save_all)
         self._loop.stop()
         self._background.close()
-        for saver, _ in self._savers:
-            saver.close()
-
-    def _save_jobs(self) -> None:
-        for saver, job in self._savers:
-            if job.has_memory and not job.status.is_final:
-                saver.save(job)
+        self._intake.close()
 
     def __enter__(self) -> Runtime:
         return self
@@ -254,18 +246,7 @@ class Runtime:
         Raises:
             AdapterNotFoundError, ContextLengthError, OutOfKVMemoryError, ConfigError: nothing was queued.
         """
-        params = given(params, SamplingParams, "params") or SamplingParams()
-        if not isinstance(priority, int) or isinstance(priority, bool):
-            raise ConfigError(f"priority={priority!r}: must be an integer; lower runs earlier")
-        tokens = self.encode(prompt)
-        name = self._model_name(model)
-
-        def add() -> GenerationHandle:
-            events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
-            request = self._engine.add_request(tokens, name, params, events.put, priority)
-            return GenerationHandle(request.version.label, tokens, params.n, events, lambda: self._abort(request))
-
-        return self._loop.call(add)
+        return self._answers.submit(prompt, model, params, priority)
 
     def generate(self, prompt: Prompt, model: str | None = None, params: SamplingParams | None = None) -> Completion:
         """Answer one prompt. Call it from many threads, or use `submit`, and the answers share the batch.
@@ -285,71 +266,13 @@ class Runtime:
         self, prompt: Prompt, model: str | None = None, params: SamplingParams | None = None
     ) -> Completion:
         """`generate` for asyncio; cancelling the task aborts the request."""
-        params = given(params, SamplingParams, "params") or SamplingParams()
-        tokens = self.encode(prompt)
-        request, events, label = await self._submit_async(tokens, model, params)
-        collector = Collector(label, tokens, params.n)
-        async for event in self._drain(request, events, collector):
-            del event
-        return collector.completion()
+        return await self._answers.generate(prompt, model, params)
 
-    async def astream(
+    def astream(
         self, prompt: Prompt, model: str | None = None, params: SamplingParams | None = None
     ) -> AsyncIterator[TokenEvent]:
         """`stream` for asyncio."""
-        params = given(params, SamplingParams, "params") or SamplingParams()
-        tokens = self.encode(prompt)
-        request, events, label = await self._submit_async(tokens, model, params)
-        # Closed with the outer one, not when the garbage collector finds it: leaving must abort at once.
-        async with aclosing(self._drain(request, events, Collector(label, tokens, params.n))) as drained:
-            async for event in drained:
-                yield event
-
-    async def _submit_async(
-        self, tokens: list[int], model: str | None, params: SamplingParams
-    ) -> tuple[Request, asyncio.Queue[TokenEvent], str]:
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[TokenEvent] = asyncio.Queue()
-
-        def put(event: TokenEvent) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
-        name = self._model_name(model)
-        submitted = self._loop.submit(lambda: self._engine.add_request(tokens, name, params, put))
-        try:
-            request = await asyncio.shield(asyncio.wrap_future(submitted))
-        except asyncio.CancelledError:
-            submitted.add_done_callback(self._abort_late)
-            raise
-        return request, events, request.version.label
-
-    async def _drain(
-        self, request: Request, events: asyncio.Queue[TokenEvent], collector: Collector
-    ) -> AsyncGenerator[TokenEvent, None]:
-        try:
-            while collector.num_open:
-                event = await events.get()
-                collector.add(event)
-                yield event
-        finally:
-            if collector.num_open:
-                self._abort(request)
-
-    def _abort_late(self, submitted: Future[Request]) -> None:
-        if not submitted.cancelled() and submitted.exception() is None:
-            self._abort(submitted.result())
-
-    def _abort(self, request: Request) -> None:
-        with suppress(EngineStoppedError):  # a closed runtime has ended every request itself
-            self._loop.submit(lambda: self._engine.abort_request(request.request_id))
-
-    def _model_name(self, model: str | None) -> str:
-        """None is the base; anything else must name something itself, the empty string too."""
-        if model is None:
-            return self.base_name
-        if not isinstance(model, str):
-            raise ConfigError(f"model={model!r}: must be a name, or None for the base")
-        return model
+        return self._answers.stream(prompt, model, params)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt.
@@ -357,7 +280,7 @@ class Runtime:
         Raises:
             ConfigError: text without a tokenizer, messages without a chat template, or a wrong type.
         """
-        return encode_prompt(prompt, self.tokenizer, self.base_name)
+        return self._answers.encode(prompt)
 
     # --- training ---
 
@@ -416,35 +339,24 @@ class Runtime:
             raise ConfigError(f"eval_every={training.eval_every} needs eval_data")
         training.check_checkpoints(checkpoint_dir)
         spec = given_spec(lora, spec) or (LoraSpec() if start_from is None else self._spec_of(start_from))
-        limit = min(training.max_seq_len, self.max_context)
-
-        def load() -> NewJob:
-            examples = encode_examples(records_of(data), self.tokenizer, limit)
-            try:
-                evals = encode_examples(records_of(eval_data), self.tokenizer, limit) if eval_data is not None else ()
-            except DataError as error:  # both have an Example 1
-                raise DataError(f"eval_data: {error}") from error
-            return NewJob(name=name, spec=spec, config=training, examples=examples, eval_examples=evals)
-
-        new = None if validate_in_background else load()
+        order = JobOrder(
+            name=name,
+            spec=spec,
+            config=training,
+            data=data,
+            eval_data=eval_data,
+            start_from=start_from,
+            tokenizer=self.tokenizer,
+            max_seq_len=min(training.max_seq_len, self.max_context),
+        )
+        new = None if validate_in_background else order.load()
         self._engine.jobs.publisher.template_fingerprint = self.template_fingerprint
         reporters = open_reporters(report_to)
         files = None if output_dir is None else path_of(output_dir)
         place = checkpoint_config(checkpoint_dir, checkpoint_every, checkpoints_to_keep, resume, hold_checkpoints)
         handle = FinetuneHandle(self._engine, self._loop, callbacks, reporters, files, name if resume else None)
-        where = (self._engine, self._loop, handle)
-        try:
-            if new is None:
-                start_later(*where, name, spec, training, load, start_from, place, self._note_saver)
-            else:
-                start_now(*where, new, start_from, place, self._note_saver)
-        except BaseException:
-            handle.discard()
-            raise
+        self._intake.start(order, new, handle, place)
         return handle
-
-    def _note_saver(self, saver: CheckpointSaver, job: FinetuneJob) -> None:
-        self._savers = [*(pair for pair in self._savers if pair[0].is_open), (saver, job)]
 
     def _spec_of(self, model: str) -> AdapterSpec:
         return self._loop.call(lambda: self._engine.registry.resolve(model).spec)
@@ -453,7 +365,7 @@ class Runtime:
         """Loss and token accuracy of a served model (None: the base) on labelled data, as EVAL rows of steps."""
         examples = encode_examples(records_of(data), self.tokenizer, min(max_seq_len, self.max_context))
         done: Future[EvalResult | LoquetierError] = Future()
-        name = self._model_name(model)
+        name = self._answers.model_name(model)
         self._loop.call(lambda: self._engine.jobs.evaluate(name, examples, done.set_result))
         result = done.result()
         if isinstance(result, LoquetierError):
@@ -466,28 +378,7 @@ class Runtime:
 
     def stats(self) -> RuntimeStats:
         """A consistent snapshot."""
-        return self._loop.call(self._engine_stats)
-
-    def _engine_stats(self) -> RuntimeStats:
-        engine = self._engine
-        return RuntimeStats(
-            totals=replace(engine.totals),
-            tokens_generated=engine.serving.tokens_generated,
-            num_running=engine.scheduler.num_running,
-            num_waiting=engine.scheduler.num_waiting + engine.residency.num_waiting,
-            kv_pages_free=engine.scheduler.pages.num_available,
-            kv_pages=engine.allocator.num_pages,
-            arena_bytes_free=engine.arena.free_bytes,
-            arena_bytes=engine.arena.total_bytes,
-            publishes=engine.jobs.publisher.count,
-            publish_seconds=engine.jobs.publisher.took.total,
-            longest_publish=engine.jobs.publisher.longest,
-            publish_bytes=engine.jobs.publisher.num_bytes,
-            prefix_queries=engine.scheduler.pages.num_queried,
-            prefix_hits=engine.scheduler.pages.num_hit,
-            adapters=replace(engine.residency.totals),
-            adapters_resident=sum(v.is_resident for v in engine.registry.versions),
-        )
+        return self._loop.call(lambda: stats_of(self._engine))
 
     def check_integrity(self) -> None:
         """Pages, slots and references add up. Raises IntegrityError."""

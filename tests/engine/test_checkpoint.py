@@ -119,7 +119,7 @@ def test_a_step_cut_in_the_middle_of_its_accumulation_is_made_up_for(base: Path,
     def in_the_middle() -> bool:
         job = handle.job
         if job.num_steps >= 1 and not job.has_open_rows and 0 < len(job._todo) < 8:
-            runtime._savers[0][0].save(job)
+            runtime._intake._savers[0][0].save(job)
             runtime._engine.jobs.set_status(job, JobStatus.DETACHED)  # ends it; no further checkpoint
         return job.status.is_final
 
@@ -144,7 +144,7 @@ def test_an_evaluation_cut_off_runs_again(base: Path, tmp_path: Path) -> None:
 
     def in_evaluation() -> bool:
         if handle.job.evaluation is not None:
-            runtime._savers[0][0].save(handle.job)
+            runtime._intake._savers[0][0].save(handle.job)
             runtime._engine.jobs.set_status(handle.job, JobStatus.DETACHED)  # ends it; no further checkpoint
         return handle.status.is_final
 

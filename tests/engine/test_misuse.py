@@ -22,6 +22,7 @@ from loquetier.errors import (
     EngineError,
     LoquetierError,
 )
+from loquetier.info import stats_of
 from loquetier.runtime import RuntimeStats
 
 CONFIG = EngineConfig(dtype="float32", kv_memory=4 << 20, adapter_memory=4 << 20)
@@ -156,7 +157,8 @@ def test_leaving_an_async_stream_early_frees_its_pages(runtime: Runtime) -> None
             runtime._loop.submit(held.wait)
             break
         await answer.aclose()  # type: ignore[attr-defined]
-        after = runtime._loop.submit(runtime._engine_stats)  # queued behind the abort, before any further step
+        # Queued behind the abort, before any further step.
+        after = runtime._loop.submit(lambda: stats_of(runtime._engine))
         held.set()
         return after.result()
 

@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "storage",
         "intake",
+        "answers",
         "arguments",
         "info",
         "engine_port",
