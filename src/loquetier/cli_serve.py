@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from loquetier.config import EngineConfig
 from loquetier.errors import ConfigError
+
+if TYPE_CHECKING:
+    from loquetier.server.auth import KeyRing
+    from loquetier.server.services import Services
+    from loquetier.server.settings import ServerSettings
 
 PACKAGES = (
     "fastapi",
@@ -78,12 +85,6 @@ def serve(
 ) -> None:
     """Serve the OpenAI API over one base and its adapters until SIGTERM or Ctrl-C."""
     check_packages()
-    from loquetier.cli import named_directories
-    from loquetier.config import EngineConfig
-    from loquetier.server.auth import KeyRing, load_keys
-    from loquetier.server.logs import configure_logs
-    from loquetier.server.serve import check_bind, open_socket
-    from loquetier.server.serve import serve as run
     from loquetier.server.settings import ServerSettings
 
     settings = ServerSettings(
@@ -111,12 +112,49 @@ def serve(
         keep_versions=keep_versions,
         step_time_budget=slo_tpot,
     )
-    keys = KeyRing() if api_keys is None else load_keys(api_keys)
+    _serve(base, adapter or [], settings, engine, _Place(data_dir=data_dir, api_keys=api_keys, log_level=log_level))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Place:
+    """What surrounds the server: files and the log."""
+
+    data_dir: Path
+    api_keys: Path | None
+    log_level: str
+
+
+def _serve(base: str, named: Sequence[str], settings: ServerSettings, engine: EngineConfig, place: _Place) -> None:
+    """Check what can be checked, load the base and answer until the process is told to end."""
+    from loquetier.cli import named_directories
+    from loquetier.server.auth import KeyRing, load_keys
+    from loquetier.server.logs import configure_logs
+    from loquetier.server.serve import check_bind, open_socket
+    from loquetier.server.serve import serve as run
+
+    keys = KeyRing() if place.api_keys is None else load_keys(place.api_keys)
     check_bind(settings, keys)
-    adapters = named_directories(adapter or [])
+    adapters = named_directories(named)
     # The port before the weights: a taken one is told in a second, not after the load.
     opened = open_socket(settings)
-    configure_logs(log_level)
+    configure_logs(place.log_level)
+    services = _load(base, adapters, settings, engine, keys, place.data_dir)
+    address, number = opened.getsockname()[:2]
+    name = services.runtime.base_name
+    typer.echo(f"serving {name} on http://{f'[{address}]' if ':' in address else address}:{number}/v1")
+    if code := run(services, opened):
+        raise typer.Exit(code)
+
+
+def _load(
+    base: str,
+    adapters: Mapping[str, str],
+    settings: ServerSettings,
+    engine: EngineConfig,
+    keys: KeyRing,
+    data_dir: Path,
+) -> Services:
+    """Open the data directory, load base and adapters, and tie the server's parts together."""
     from loquetier.failpoints import fail_points
     from loquetier.runtime import Runtime
     from loquetier.server.services import build_services
@@ -131,10 +169,7 @@ def serve(
     services = build_services(runtime, settings, keys, base_root=base, store=store, telemetry=telemetry)
     for name, directory in adapters.items():
         services.models.note(name, str(Path(directory).absolute()), int(services.wall()))
-    address, number = opened.getsockname()[:2]
-    typer.echo(f"serving {runtime.base_name} on http://{f'[{address}]' if ':' in address else address}:{number}/v1")
-    if code := run(services, opened):
-        raise typer.Exit(code)
+    return services
 
 
 def check_packages() -> None:

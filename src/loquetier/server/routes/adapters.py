@@ -28,6 +28,13 @@ _NAMING = ("running", "waiting", "resident", "pinned")
 def router(services: Services) -> APIRouter:
     """The routes."""
     routes = APIRouter(tags=["adapters"])
+    _change_routes(routes, services)
+    _pin_routes(routes, services)
+    _look_routes(routes, services)
+    return routes
+
+
+def _change_routes(routes: APIRouter, services: Services) -> None:
     desk, settings = services.adapters, services.settings
 
     @routes.post(
@@ -71,6 +78,10 @@ def router(services: Services) -> APIRouter:
         info = await desk.rollback(_who(request), body.lora_name, body.version)
         return {"object": "adapter.version", "lora_name": info.name, "version": info.version}
 
+
+def _pin_routes(routes: APIRouter, services: Services) -> None:
+    desk, settings = services.adapters, services.settings
+
     @routes.post("/v1/adapters/pin", dependencies=[need(Scope.ADMIN)], openapi_extra=body_schema(PinRequest))
     async def pin(request: Request) -> dict[str, Any]:
         """Bring an adapter into memory and keep it there; answers when it is there."""
@@ -83,6 +94,8 @@ def router(services: Services) -> APIRouter:
         body = await read_model(request, settings, PinRequest)
         return _described(services, (await desk.set_pinned(_who(request), body.lora_name, False)).name)
 
+
+def _look_routes(routes: APIRouter, services: Services) -> None:
     @routes.get("/v1/adapters", dependencies=[need(Scope.ADMIN)])
     async def list_adapters(
         request: Request,
@@ -111,8 +124,6 @@ def router(services: Services) -> APIRouter:
         names = set(services.models.names(_who(request)))
         data = [_version(v) for v in services.port.versions() if v.name in names]
         return {"object": "list", "data": data}
-
-    return routes
 
 
 def _who(request: Request) -> Principal:

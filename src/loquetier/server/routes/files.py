@@ -16,24 +16,31 @@ from loquetier.server.file_desk import no_such_file
 from loquetier.server.guard import need
 from loquetier.server.idempotency import idempotency_key
 from loquetier.server.openapi import errors, links
-from loquetier.server.problems import ApiError, bad, overloaded
+from loquetier.server.paging import place_behind
+from loquetier.server.problems import ApiError, overloaded
 from loquetier.server.schemas.files import UPLOAD_SCHEMA, FileDeleted, FileList, FileObject
 from loquetier.server.store.files import FileRow
 from loquetier.server.tuning import Tuning
 
 _CHUNK = 1 << 18
+_GUARD = [need(Scope.TRAIN)]
 
 
 def router(tuning: Tuning) -> APIRouter:
     """The routes."""
     routes = APIRouter(tags=["files"])
-    desk, table = tuning.files, tuning.store.files
-    guard = [need(Scope.TRAIN)]
+    _upload_route(routes, tuning)
+    _look_routes(routes, tuning)
+    _content_route(routes, tuning)
+    _delete_route(routes, tuning)
+    return routes
 
+
+def _upload_route(routes: APIRouter, tuning: Tuning) -> None:
     @routes.post(
         "/v1/files",
         operation_id="create_file",
-        dependencies=guard,
+        dependencies=_GUARD,
         response_model_exclude_none=True,
         responses=errors(400, 403, 413, 415, 507)
         | links("file_id", "get_file", "get_file_content", "delete_file", bodies={"create_job": "training_file"}),
@@ -45,9 +52,13 @@ def router(tuning: Tuning) -> APIRouter:
         if tuning.admission.is_draining:
             raise overloaded("the server is shutting down", code="shutting_down")
         key = idempotency_key(request)
-        return shown(await desk.upload(request, who, key))
+        return shown(await tuning.files.upload(request, who, key))
 
-    @routes.get("/v1/files", dependencies=guard, response_model_exclude_none=True, responses=errors(400))
+
+def _look_routes(routes: APIRouter, tuning: Tuning) -> None:
+    table = tuning.store.files
+
+    @routes.get("/v1/files", dependencies=_GUARD, response_model_exclude_none=True, responses=errors(400))
     async def list_files(
         request: Request,
         after: Annotated[str | None, Query(max_length=128)] = None,
@@ -57,12 +68,12 @@ def router(tuning: Tuning) -> APIRouter:
     ) -> FileList:
         """The caller's files."""
         who: Principal = request.scope["state"]["principal"]
-        behind = None
-        if after is not None:
-            last = table.find(after, who.owner)
-            if last is None:
-                raise bad(f"after={after[:64]!r} is none of your files", "after")
-            behind = last.seq
+
+        def place_of(file_id: str) -> int | None:
+            file = table.find(file_id, who.owner)
+            return None if file is None else file.seq
+
+        behind = place_behind(after, place_of, "none of your files")
         found = table.page(who.owner, after=behind, limit=limit + 1, descending=order == "desc", purpose=purpose)
         data = [shown(file) for file in found[:limit]]
         first, last_id = (data[0].id, data[-1].id) if data else ("", "")
@@ -71,36 +82,38 @@ def router(tuning: Tuning) -> APIRouter:
     @routes.get(
         "/v1/files/{file_id}",
         operation_id="get_file",
-        dependencies=guard,
+        dependencies=_GUARD,
         response_model_exclude_none=True,
         responses=errors(404),
     )
     async def get_file(request: Request, file_id: str) -> FileObject:
         """One file."""
-        return shown(desk.find(request.scope["state"]["principal"], file_id))
+        return shown(tuning.files.find(request.scope["state"]["principal"], file_id))
 
+
+def _content_route(routes: APIRouter, tuning: Tuning) -> None:
     @routes.get(
         "/v1/files/{file_id}/content",
         operation_id="get_file_content",
-        dependencies=guard,
+        dependencies=_GUARD,
         response_class=Response,
         responses=errors(404) | {200: {"content": {"application/octet-stream": {}}}},
     )
     async def get_content(request: Request, file_id: str) -> Response:
         """The bytes as they were uploaded. Whole files only: ranges are not served."""
-        file = desk.find(request.scope["state"]["principal"], file_id)
-        opened = await asyncio.to_thread(_open, table.path(file_id), file)
+        file = tuning.files.find(request.scope["state"]["principal"], file_id)
+        opened = await asyncio.to_thread(_open, tuning.store.files.path(file_id), file)
         headers = {"Content-Length": str(file.bytes), "X-Content-Type-Options": "nosniff"}
         return StreamingResponse(_chunks(opened), 200, headers, "application/octet-stream")
 
-    @routes.delete("/v1/files/{file_id}", operation_id="delete_file", dependencies=guard, responses=errors(404))
+
+def _delete_route(routes: APIRouter, tuning: Tuning) -> None:
+    @routes.delete("/v1/files/{file_id}", operation_id="delete_file", dependencies=_GUARD, responses=errors(404))
     async def delete_file(request: Request, file_id: str) -> FileDeleted:
         """Delete a file. A job that has begun with it goes on."""
         who: Principal = request.scope["state"]["principal"]
-        await asyncio.shield(asyncio.to_thread(desk.delete, who, file_id))
+        await asyncio.shield(asyncio.to_thread(tuning.files.delete, who, file_id))
         return FileDeleted(id=file_id)
-
-    return routes
 
 
 def shown(file: FileRow) -> FileObject:

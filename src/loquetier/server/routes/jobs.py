@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack
 from typing import Annotated
 
@@ -19,6 +19,7 @@ from loquetier.server.idempotency import idempotency_key
 from loquetier.server.jobs.desk import canonical
 from loquetier.server.jobs.shape import checkpoint_object, event_object, job_object
 from loquetier.server.openapi import body_schema, errors, links
+from loquetier.server.paging import place_behind
 from loquetier.server.problems import ApiError, bad, model_not_found, overloaded
 from loquetier.server.schemas.jobs import (
     CheckpointList,
@@ -35,6 +36,7 @@ from loquetier.server.tuning import Tuning
 _METADATA = re.compile(r"metadata\[(.{1,64})\]", re.DOTALL)
 LINKED = ("get_job", "cancel_job", "pause_job", "resume_job", "list_job_events", "list_job_checkpoints")
 """Where a job's id leads."""
+_GUARD = [need(Scope.TRAIN)]
 _PAGE = 100
 """Events that a stream reads at once."""
 Limit = Annotated[int, Query(ge=1, le=100)]
@@ -44,8 +46,12 @@ After = Annotated[str | None, Query(max_length=128)]
 def router(tuning: Tuning) -> APIRouter:
     """The routes."""
     routes = APIRouter(tags=["fine-tuning"])
-    _change_routes(routes, tuning)
+    _create_route(routes, tuning)
+    _steer_routes(routes, tuning)
+    _delete_route(routes, tuning)
     _look_routes(routes, tuning)
+    _event_route(routes, tuning)
+    _checkpoint_route(routes, tuning)
     return routes
 
 
@@ -55,13 +61,11 @@ def _shown(tuning: Tuning, row: JobRow) -> JobObject:
     return job_object(row, tuning.wall(), history, 0 if handle is None or not history else handle.total_steps)
 
 
-def _change_routes(routes: APIRouter, tuning: Tuning) -> None:
-    desk, guard = tuning.jobs, [need(Scope.TRAIN)]
-
+def _create_route(routes: APIRouter, tuning: Tuning) -> None:
     @routes.post(
         "/v1/fine_tuning/jobs",
         operation_id="create_job",
-        dependencies=guard,
+        dependencies=_GUARD,
         responses=errors(404, 413, 415, 507) | links("job_id", *LINKED),
         openapi_extra=body_schema(CreateJob),
     )
@@ -72,43 +76,32 @@ def _change_routes(routes: APIRouter, tuning: Tuning) -> None:
         body, key = parse_model(value, CreateJob), idempotency_key(request)
         if tuning.admission.is_draining:
             raise overloaded("the server is shutting down", code="shutting_down")
-        work = asyncio.to_thread(desk.create, who, body, canonical(value), key)
+        work = asyncio.to_thread(tuning.jobs.create, who, body, canonical(value), key)
         return _shown(tuning, await asyncio.shield(work))
 
-    @routes.post(
-        "/v1/fine_tuning/jobs/{job_id}/cancel",
-        operation_id="cancel_job",
-        dependencies=guard,
-        responses=errors(404, 507) | links("job_id", *LINKED),
-    )
-    async def cancel_job(request: Request, job_id: str) -> JobObject:
-        """End a job; what it has published and its checkpoints go on answering."""
-        who: Principal = request.scope["state"]["principal"]
-        return _shown(tuning, await asyncio.shield(asyncio.to_thread(tuning.changes.cancel, who, job_id)))
 
-    @routes.post(
-        "/v1/fine_tuning/jobs/{job_id}/pause",
-        operation_id="pause_job",
-        dependencies=guard,
-        responses=errors(404, 507) | links("job_id", *LINKED),
-    )
-    async def pause_job(request: Request, job_id: str) -> JobObject:
-        """Stop a job after its current step, until it is resumed."""
-        who: Principal = request.scope["state"]["principal"]
-        return _shown(tuning, await asyncio.shield(asyncio.to_thread(tuning.changes.pause, who, job_id)))
+def _steer_routes(routes: APIRouter, tuning: Tuning) -> None:
+    def steer(verb: str, does: Callable[[Principal, str], JobRow], description: str) -> None:
+        @routes.post(
+            f"/v1/fine_tuning/jobs/{{job_id}}/{verb}",
+            operation_id=f"{verb}_job",
+            name=f"{verb}_job",
+            description=description,
+            dependencies=_GUARD,
+            responses=errors(404, 507) | links("job_id", *LINKED),
+        )
+        async def change_job(request: Request, job_id: str) -> JobObject:
+            who: Principal = request.scope["state"]["principal"]
+            return _shown(tuning, await asyncio.shield(asyncio.to_thread(does, who, job_id)))
 
-    @routes.post(
-        "/v1/fine_tuning/jobs/{job_id}/resume",
-        operation_id="resume_job",
-        dependencies=guard,
-        responses=errors(404, 507) | links("job_id", *LINKED),
-    )
-    async def resume_job(request: Request, job_id: str) -> JobObject:
-        """Let a paused job go on."""
-        who: Principal = request.scope["state"]["principal"]
-        return _shown(tuning, await asyncio.shield(asyncio.to_thread(tuning.changes.resume, who, job_id)))
+    changes = tuning.changes
+    steer("cancel", changes.cancel, "End a job; what it has published and its checkpoints go on answering.")
+    steer("pause", changes.pause, "Stop a job after its current step, until it is resumed.")
+    steer("resume", changes.resume, "Let a paused job go on.")
 
-    @routes.delete("/v1/models/{model:path}", dependencies=guard, responses=errors(404, 507))
+
+def _delete_route(routes: APIRouter, tuning: Tuning) -> None:
+    @routes.delete("/v1/models/{model:path}", dependencies=_GUARD, responses=errors(404, 507))
     async def delete_model(request: Request, model: str) -> ModelDeleted:
         """Delete a fine-tuned model or a checkpoint of one; requests under way end on it."""
         who: Principal = request.scope["state"]["principal"]
@@ -122,31 +115,35 @@ def _change_routes(routes: APIRouter, tuning: Tuning) -> None:
 
 
 def _look_routes(routes: APIRouter, tuning: Tuning) -> None:
-    table, guard = tuning.store.jobs, [need(Scope.TRAIN)]
+    table = tuning.store.jobs
 
-    @routes.get("/v1/fine_tuning/jobs", dependencies=guard, responses=errors())
+    @routes.get("/v1/fine_tuning/jobs", dependencies=_GUARD, responses=errors())
     async def list_jobs(request: Request, after: After = None, limit: Limit = 20) -> JobList:
         """The caller's jobs, newest first; ``metadata[KEY]=VALUE`` and ``metadata=null`` choose."""
         who: Principal = request.scope["state"]["principal"]
-        behind = None
-        if after is not None:
-            last = table.find(after, who.owner)
-            if last is None:
-                raise bad(f"after={after[:64]!r} is none of your jobs", "after")
-            behind = last.seq
+
+        def place_of(job_id: str) -> int | None:
+            job = table.find(job_id, who.owner)
+            return None if job is None else job.seq
+
+        behind = place_behind(after, place_of, "none of your jobs")
         wanted, none = _metadata(request)
         found = table.page(who.owner, after=behind, limit=limit + 1, metadata=wanted, no_metadata=none)
         return JobList(data=[_shown(tuning, row) for row in found[:limit]], has_more=len(found) > limit)
 
-    @routes.get("/v1/fine_tuning/jobs/{job_id}", operation_id="get_job", dependencies=guard, responses=errors(404))
+    @routes.get("/v1/fine_tuning/jobs/{job_id}", operation_id="get_job", dependencies=_GUARD, responses=errors(404))
     async def get_job(request: Request, job_id: str) -> JobObject:
         """One job."""
         return _shown(tuning, tuning.changes.find(request.scope["state"]["principal"], job_id))
 
+
+def _event_route(routes: APIRouter, tuning: Tuning) -> None:
+    table = tuning.store.jobs
+
     @routes.get(
         "/v1/fine_tuning/jobs/{job_id}/events",
         operation_id="list_job_events",
-        dependencies=guard,
+        dependencies=_GUARD,
         response_model=EventList,
         responses=errors(404) | {200: {"content": {"text/event-stream": {}}}},
     )
@@ -155,31 +152,30 @@ def _look_routes(routes: APIRouter, tuning: Tuning) -> None:
     ) -> EventList | Response:
         """What happened, newest first; with ``stream=true`` oldest first, and on as it happens, until the job ends."""
         job = tuning.changes.find(request.scope["state"]["principal"], job_id)
-        behind = None
-        if after is not None:
-            behind = table.event_seq(job.id, after)
-            if behind is None:
-                raise bad(f"after={after[:64]!r} is no event of this job", "after")
+        behind = place_behind(after, lambda event: table.event_seq(job.id, event), "no event of this job")
         if stream:
             return EventStream(_follow(tuning, job.id, behind), AsyncExitStack(), {})
         found = table.events(job.id, after=behind, limit=limit + 1)
         return EventList(data=[event_object(row) for row in found[:limit]], has_more=len(found) > limit)
 
+
+def _checkpoint_route(routes: APIRouter, tuning: Tuning) -> None:
+    table = tuning.store.jobs
+
     @routes.get(
         "/v1/fine_tuning/jobs/{job_id}/checkpoints",
         operation_id="list_job_checkpoints",
-        dependencies=guard,
+        dependencies=_GUARD,
         responses=errors(404),
     )
     async def list_checkpoints(request: Request, job_id: str, after: After = None, limit: Limit = 10) -> CheckpointList:
         """Checkpoints that answer as models, newest first."""
         job = tuning.changes.find(request.scope["state"]["principal"], job_id)
-        rows = table.checkpoints(job.id)
-        behind = None
-        if after is not None:
-            behind = next((row.seq for row in rows if row.id == after), None)
-            if behind is None:
-                raise bad(f"after={after[:64]!r} is no checkpoint of this job", "after")
+
+        def place_of(checkpoint: str) -> int | None:
+            return next((row.seq for row in table.checkpoints(job.id) if row.id == checkpoint), None)
+
+        behind = place_behind(after, place_of, "no checkpoint of this job")
         found = table.checkpoints(job.id, after=behind, limit=limit + 1)
         data = [checkpoint_object(row) for row in found[:limit]]
         ends = (data[0].id, data[-1].id) if data else (None, None)
