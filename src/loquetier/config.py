@@ -1,4 +1,4 @@
-"""Settings as frozen keyword-only dataclasses, validated where they are built. Imports nothing of ours but errors.
+"""Settings as frozen keyword-only dataclasses, validated where they are built. Imports nothing of ours but checks.
 
 `resolve` turns what the user wrote (with "auto" in it) and what the machine is into a new config without "auto".
 """
@@ -11,30 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from loquetier.checks import check, check_bools, integer, is_bool, is_text, number, one_of, or_none, require, several
 from loquetier.errors import ConfigError
 
 DType = Literal["auto", "float32", "bfloat16"]
 MIB = 1 << 20
-
-
-def _check(ok: bool, field_name: str, value: object, rule: str) -> None:
-    if not ok:
-        raise ConfigError(f"{field_name}={value!r}: {rule}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _in(value: object, low: float, high: float) -> bool:
-    """A real number in the closed range; False for strings, booleans and NaN."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
-
-
-def _check_bools(settings: object, *names: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        _check(isinstance(value, bool), name, value, "must be True or False")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,63 +60,33 @@ class SamplingParams:
     """Leave special tokens out of the text."""
 
     def __post_init__(self) -> None:
-        _check(
-            self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 1),
-            "max_tokens",
-            self.max_tokens,
-            "must be an integer >= 1, or None for up to the context's end",
-        )
-        _check(
-            _is_int(self.min_tokens) and self.min_tokens >= 0, "min_tokens", self.min_tokens, "must be an integer >= 0"
-        )
+        check(self, "max_tokens", or_none(integer(1)), "must be an integer >= 1, or None for up to the context's end")
+        check(self, "min_tokens", integer(0), "must be an integer >= 0")
         if self.max_tokens is not None:
-            _check(
-                self.min_tokens <= self.max_tokens,
-                "min_tokens",
-                self.min_tokens,
-                f"must be <= max_tokens ({self.max_tokens})",
-            )
-        _check(_in(self.temperature, 0, 100), "temperature", self.temperature, "must be in [0, 100]; 0 is greedy")
-        _check(
-            _is_int(self.top_k) and self.top_k >= -1, "top_k", self.top_k, "must be an integer >= -1; 0 and -1 keep all"
-        )
-        _check(_in(self.top_p, 0, 1) and self.top_p > 0, "top_p", self.top_p, "must be in (0, 1]")
-        _check(_in(self.min_p, 0, 1), "min_p", self.min_p, "must be in [0, 1]")
-        _check(
-            _in(self.repetition_penalty, 0, sys.float_info.max) and self.repetition_penalty > 0,
-            "repetition_penalty",
-            self.repetition_penalty,
-            "must be a finite number > 0",
-        )
-        _check(_in(self.presence_penalty, -2, 2), "presence_penalty", self.presence_penalty, "must be in [-2, 2]")
-        _check(_in(self.frequency_penalty, -2, 2), "frequency_penalty", self.frequency_penalty, "must be in [-2, 2]")
-        _check(isinstance(self.logit_bias, Mapping), "logit_bias", self.logit_bias, "must map token ids to numbers")
-        for token, bias in self.logit_bias.items():
-            _check(_is_int(token) and token >= 0, "logit_bias", token, "keys are token ids >= 0")
-            _check(_in(bias, -100, 100), "logit_bias", bias, "values must be in [-100, 100]")
-        _check(
-            isinstance(self.stop, (tuple, list)) and all(isinstance(s, str) and s for s in self.stop),
-            "stop",
-            self.stop,
-            "must be a tuple of non-empty strings",
-        )
-        _check(
-            isinstance(self.stop_token_ids, (tuple, list)) and all(_is_int(t) and t >= 0 for t in self.stop_token_ids),
-            "stop_token_ids",
-            self.stop_token_ids,
-            "must be a tuple of token ids >= 0",
-        )
-        _check_bools(self, "ignore_eos", "skip_special_tokens")
-        _check(_is_int(self.n) and 1 <= self.n <= 128, "n", self.n, "must be an integer in [1, 128]")
-        _check(
-            self.seed is None or (_is_int(self.seed) and -(2**63) <= self.seed < 2**63),
-            "seed",
-            self.seed,
-            "must be a 64-bit integer or None",
-        )
+            rule = f"must be <= max_tokens ({self.max_tokens})"
+            require(self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, rule)
+        check(self, "temperature", number(0, 100), "must be in [0, 100]; 0 is greedy")
+        check(self, "top_k", integer(-1), "must be an integer >= -1; 0 and -1 keep all")
+        check(self, "top_p", number(0, 1, but=0), "must be in (0, 1]")
+        check(self, "min_p", number(0, 1), "must be in [0, 1]")
+        check(self, "repetition_penalty", number(0, sys.float_info.max, but=0), "must be a finite number > 0")
+        for name in ("presence_penalty", "frequency_penalty"):
+            check(self, name, number(-2, 2), "must be in [-2, 2]")
+        self._check_bias()
+        check(self, "stop", several(is_text), "must be a tuple of non-empty strings")
+        check(self, "stop_token_ids", several(integer(0)), "must be a tuple of token ids >= 0")
+        check_bools(self, "ignore_eos", "skip_special_tokens")
+        check(self, "n", integer(1, 128), "must be an integer in [1, 128]")
+        check(self, "seed", or_none(integer(-(2**63), 2**63 - 1)), "must be a 64-bit integer or None")
         for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(self, name)
-            _check(value is None or (_is_int(value) and 0 <= value <= 20), name, value, "must be in [0, 20] or None")
+            check(self, name, or_none(integer(0, 20)), "must be in [0, 20] or None")
+
+    def _check_bias(self) -> None:
+        is_key, is_bias = integer(0), number(-100, 100)
+        require(isinstance(self.logit_bias, Mapping), "logit_bias", self.logit_bias, "must map token ids to numbers")
+        for token, bias in self.logit_bias.items():
+            require(is_key(token), "logit_bias", token, "keys are token ids >= 0")
+            require(is_bias(bias), "logit_bias", bias, "values must be in [-100, 100]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,88 +137,60 @@ class TrainingConfig:
     """An evaluation is an improvement when its loss is lower than the lowest before by more than this."""
 
     def __post_init__(self) -> None:
-        _check(
-            _in(self.learning_rate, 0, 1) and self.learning_rate > 0,
-            "learning_rate",
-            self.learning_rate,
-            "must be in (0, 1]",
-        )
-        _check(
-            self.lr_scheduler_type in ("constant", "linear", "cosine"),
-            "lr_scheduler_type",
-            self.lr_scheduler_type,
-            "must be constant, linear or cosine",
-        )
-        _check(_in(self.warmup_ratio, 0, 1), "warmup_ratio", self.warmup_ratio, "must be in [0, 1]")
-        _check(_in(self.weight_decay, 0, 1), "weight_decay", self.weight_decay, "must be in [0, 1]")
-        _check(_in(self.adam_beta1, 0, 1) and self.adam_beta1 < 1, "adam_beta1", self.adam_beta1, "must be in [0, 1)")
-        _check(_in(self.adam_beta2, 0, 1) and self.adam_beta2 < 1, "adam_beta2", self.adam_beta2, "must be in [0, 1)")
-        _check(
-            _in(self.adam_epsilon, 0, 1) and self.adam_epsilon > 0,
-            "adam_epsilon",
-            self.adam_epsilon,
-            "must be in (0, 1]",
-        )
-        _check(
-            _in(self.max_grad_norm, 0, 1e9), "max_grad_norm", self.max_grad_norm, "must be in [0, 1e9]; 0 = no clipping"
-        )
+        self._check_optimizer()
         for name in ("batch_size", "gradient_accumulation_steps", "max_seq_len", "num_epochs", "publish_every"):
-            value = getattr(self, name)
-            _check(_is_int(value) and value >= 1, name, value, "must be an integer >= 1")
-        _check(self.max_seq_len >= 2, "max_seq_len", self.max_seq_len, "must be >= 2: one token predicts the next")
-        _check(
-            self.max_steps is None or (_is_int(self.max_steps) and self.max_steps >= 1),
-            "max_steps",
-            self.max_steps,
-            "must be an integer >= 1, or None to let num_epochs decide",
-        )
-        _check(
-            self.publish in ("every_step", "every_n_steps", "checkpoint", "end", "best"),
+            check(self, name, integer(1), "must be an integer >= 1")
+        check(self, "max_seq_len", integer(2), "must be >= 2: one token predicts the next")
+        check(self, "max_steps", or_none(integer(1)), "must be an integer >= 1, or None to let num_epochs decide")
+        check(
+            self,
             "publish",
-            self.publish,
+            one_of("every_step", "every_n_steps", "checkpoint", "end", "best"),
             "must be every_step, every_n_steps, checkpoint, end or best",
         )
-        _check(
-            _is_int(self.eval_every) and self.eval_every >= 0, "eval_every", self.eval_every, "must be an integer >= 0"
-        )
-        _check(
+        check(self, "eval_every", integer(0), "must be an integer >= 0")
+        require(
             self.publish_every == 1 or self.publish == "every_n_steps",
             "publish_every",
             self.publish_every,
             f"has an effect only with publish='every_n_steps', not {self.publish!r}",
         )
-        _check_bools(self, "shuffle")
-        _check(_is_int(self.seed) and 0 <= self.seed < 2**63, "seed", self.seed, "must be an integer in [0, 2**63)")
+        check_bools(self, "shuffle")
+        check(self, "seed", integer(0, 2**63 - 1), "must be an integer in [0, 2**63)")
         self._check_ratio()
         self._check_evaluation()
+
+    def _check_optimizer(self) -> None:
+        check(self, "learning_rate", number(0, 1, but=0), "must be in (0, 1]")
+        check(self, "lr_scheduler_type", one_of("constant", "linear", "cosine"), "must be constant, linear or cosine")
+        for name in ("warmup_ratio", "weight_decay"):
+            check(self, name, number(0, 1), "must be in [0, 1]")
+        for name in ("adam_beta1", "adam_beta2"):
+            check(self, name, number(0, 1, but=1), "must be in [0, 1)")
+        check(self, "adam_epsilon", number(0, 1, but=0), "must be in (0, 1]")
+        check(self, "max_grad_norm", number(0, 1e9), "must be in [0, 1e9]; 0 = no clipping")
 
     def check_checkpoints(self, directory: object | None) -> None:
         """Refuse to publish checkpoints of a job that makes none. Raises ConfigError."""
         made = self.publish != "checkpoint" or directory is not None
-        _check(made, "publish", self.publish, "needs checkpoints; give checkpoint_dir (--checkpoint-dir)")
+        require(made, "publish", self.publish, "needs checkpoints; give checkpoint_dir (--checkpoint-dir)")
 
     def _check_ratio(self) -> None:
-        ratio = self.loraplus_lr_ratio
-        _check(
-            ratio is None or (_in(ratio, 0, 1 / self.learning_rate) and ratio > 0),
+        check(
+            self,
             "loraplus_lr_ratio",
-            ratio,
+            or_none(number(0, 1 / self.learning_rate, but=0)),
             f"must be > 0, and times learning_rate={self.learning_rate} at most 1; or None for one rate",
         )
 
     def _check_evaluation(self) -> None:
-        patience, threshold = self.early_stopping_patience, self.early_stopping_threshold
-        _check(
-            patience is None or (_is_int(patience) and patience >= 1),
-            "early_stopping_patience",
-            patience,
-            "must be an integer >= 1, or None to train to the end",
-        )
-        _check(_in(threshold, 0, 1e9), "early_stopping_threshold", threshold, "must be in [0, 1e9]")
-        if patience is None:
-            _check(threshold == 0, "early_stopping_threshold", threshold, "needs early_stopping_patience")
+        is_patience, rule = or_none(integer(1)), "must be an integer >= 1, or None to train to the end"
+        check(self, "early_stopping_patience", is_patience, rule)
+        check(self, "early_stopping_threshold", number(0, 1e9), "must be in [0, 1e9]")
+        if self.early_stopping_patience is None:
+            check(self, "early_stopping_threshold", lambda value: bool(value == 0), "needs early_stopping_patience")
         for name, value in self.evaluation_users:
-            _check(self.eval_every > 0, name, value, "needs evaluations; set eval_every to a number of steps > 0")
+            require(self.eval_every > 0, name, value, "needs evaluations; set eval_every to a number of steps > 0")
 
     @property
     def evaluation_users(self) -> tuple[tuple[str, object], ...]:
@@ -349,73 +272,35 @@ class EngineConfig:
     they stay in adapter_memory as long as they answer."""
 
     def __post_init__(self) -> None:
-        _check(self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype, "must be auto, float32 or bfloat16")
-        _check(
-            self.adapter_dtype in ("auto", "float32", "bfloat16"),
-            "adapter_dtype",
-            self.adapter_dtype,
-            "must be auto, float32 or bfloat16",
-        )
-        _check_bools(self, "serve_only")
-        _check(
-            isinstance(self.device, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,
-            "device",
-            self.device,
-            "must be auto, cpu, cuda or cuda:N",
-        )
-        _check(self.tape in ("auto", "graph", "replay"), "tape", self.tape, "must be auto, graph or replay")
-        _check_bools(self, "prefix_cache")
+        is_dtype = one_of("auto", "float32", "bfloat16")
+        for name in ("dtype", "adapter_dtype"):
+            check(self, name, is_dtype, "must be auto, float32 or bfloat16")
+        check_bools(self, "serve_only")
+        check(self, "device", _is_device, "must be auto, cpu, cuda or cuda:N")
+        check(self, "tape", one_of("auto", "graph", "replay"), "must be auto, graph or replay")
+        check_bools(self, "prefix_cache")
         for name in ("page_size", "max_rows", "max_prefill_rows", "max_train_rows", "max_sequences", "train_window"):
-            value = getattr(self, name)
-            _check(_is_int(value) and value >= 1, name, value, "must be an integer >= 1")
-        _check(
-            _is_int(self.backward_units_while_serving) and self.backward_units_while_serving >= 1,
-            "backward_units_while_serving",
-            self.backward_units_while_serving,
-            "must be an integer >= 1, or training would never move under traffic",
-        )
-        _check(
-            _is_int(self.keep_versions) and self.keep_versions >= 0,
-            "keep_versions",
-            self.keep_versions,
-            "must be an integer >= 0",
-        )
+            check(self, name, integer(1), "must be an integer >= 1")
+        rule = "must be an integer >= 1, or training would never move under traffic"
+        check(self, "backward_units_while_serving", integer(1), rule)
+        check(self, "keep_versions", integer(0), "must be an integer >= 0")
         for name in ("async_scheduling", "cuda_graphs"):
-            value = getattr(self, name)
-            _check(value is None or isinstance(value, bool), name, value, "must be True, False, or None: on a GPU")
+            check(self, name, or_none(is_bool), "must be True, False, or None: on a GPU")
+        self._check_memory()
+        rule = "must be a number of seconds in (0, 1e6], or None for the fixed limits"
+        check(self, "step_time_budget", or_none(number(0, 1e6, but=0)), rule)
+        check(self, "max_context", or_none(integer(2)), "must be an integer >= 2, or None")
+
+    def _check_memory(self) -> None:
         for name in ("kv_memory", "adapter_memory", "train_memory"):
-            value = getattr(self, name)
-            _check(
-                value is None or (_is_int(value) and value >= MIB),
-                name,
-                value,
-                f"must be at least {MIB} bytes, or None",
-            )
-        _check(_in(self.adapter_patience, 0, 3600), "adapter_patience", self.adapter_patience, "must be in [0, 3600]")
-        _check(
-            self.host_adapter_memory is None or (_is_int(self.host_adapter_memory) and self.host_adapter_memory >= 0),
-            "host_adapter_memory",
-            self.host_adapter_memory,
-            "must be an integer >= 0, or None",
-        )
-        _check(
-            self.adapter_spill is None or (isinstance(self.adapter_spill, str) and bool(self.adapter_spill)),
-            "adapter_spill",
-            self.adapter_spill,
-            "must be a directory's path, or None",
-        )
-        _check(
-            self.step_time_budget is None or (_in(self.step_time_budget, 0, 1e6) and self.step_time_budget > 0),
-            "step_time_budget",
-            self.step_time_budget,
-            "must be a number of seconds in (0, 1e6], or None for the fixed limits",
-        )
-        _check(
-            self.max_context is None or (_is_int(self.max_context) and self.max_context >= 2),
-            "max_context",
-            self.max_context,
-            "must be an integer >= 2, or None",
-        )
+            check(self, name, or_none(integer(MIB)), f"must be at least {MIB} bytes, or None")
+        check(self, "adapter_patience", number(0, 3600), "must be in [0, 3600]")
+        check(self, "host_adapter_memory", or_none(integer(0)), "must be an integer >= 0, or None")
+        check(self, "adapter_spill", or_none(is_text), "must be a directory's path, or None")
+
+
+def _is_device(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

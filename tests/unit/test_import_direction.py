@@ -12,7 +12,7 @@ import pytest
 SRC = Path(__file__).parents[2] / "src" / "loquetier"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "config", "engine.rows", "failpoints", "cache_dir"),
+    ("errors", "checks", "config", "engine.rows", "failpoints", "cache_dir"),
     ("kernels",),
     ("adapters", "base"),
     ("training",),
