@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,12 +48,8 @@ def list_jobs(
     from loquetier.cli_view import job_table, print_table
 
     with connected(url, api_key) as api:
-        found = []
-        for job in newest_first(api, PATH):
-            if status is None or job.get("status") == status:
-                found.append(job)
-            if len(found) == limit:
-                break
+        wanted = (job for job in newest_first(api, PATH) if status is None or job.get("status") == status)
+        found = list(islice(wanted, limit))
     if as_json:
         print_json(found)
     else:
@@ -142,11 +139,7 @@ def events(
     from loquetier.cli_view import console, event_line
 
     with connected(url, api_key) as api:
-        found = []
-        for event in newest_first(api, f"{job_path(job)}/events"):
-            found.append(event)
-            if len(found) == limit:
-                break
+        found = list(islice(newest_first(api, f"{job_path(job)}/events"), limit))
     found.reverse()
     if as_json:
         print_json(found)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from loquetier.adapters.durable import fsync_directory, write_file
+from loquetier.adapters.durable import write_file
 from loquetier.adapters.peft_config import adapter_digest, parse_config
-from loquetier.adapters.peft_write import CONFIG_NAME, TARGETS_METADATA, WEIGHTS_NAME, check_place, move_into_place
+from loquetier.adapters.peft_write import CONFIG_NAME, TARGETS_METADATA, WEIGHTS_NAME, new_directory
 from loquetier.adapters.safetensors_check import read_header
 from loquetier.errors import AdapterError, AdapterNotFoundError
 
@@ -27,23 +24,13 @@ def copy_adapter(source: Path, directory: Path, digest: str, *, overwrite: bool 
         AdapterNotFoundError: `source` is gone. AdapterError: it has another digest, so it is damaged.
         OSError: the disk is full or not writable. In every case `directory` is as it was.
     """
-    directory = Path(os.path.abspath(directory))
-    check_place(directory, overwrite)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = directory.with_name(f".{directory.name}.tmp-{secrets.token_hex(8)}")
-    temporary.mkdir()
-    try:
+    with new_directory(directory, overwrite) as temporary:
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             write_file(temporary / name, _chunks(source / name))
         if digest not in _digests(temporary):
             raise AdapterError(
                 f"{str(source)!r} is damaged: its digest is not {digest[:16]}..., as it was when written"
             )
-        fsync_directory(temporary)
-        move_into_place(temporary, directory, overwrite)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _chunks(path: Path) -> Iterator[bytes]:

@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -68,12 +69,7 @@ def write_adapter(
         OSError: the disk is full or not writable; `directory` is as it was.
     """
     tensors = _named_tensors(spec, modules, factors)
-    directory = Path(os.path.abspath(directory))
-    check_place(directory, overwrite)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = directory.with_name(f".{directory.name}.tmp-{secrets.token_hex(8)}")
-    temporary.mkdir()
-    try:
+    with new_directory(directory, overwrite) as temporary:
         metadata = {"format": "pt"}
         if isinstance(spec.target_modules, str):
             metadata[TARGETS_METADATA] = spec.target_modules
@@ -82,11 +78,6 @@ def write_adapter(
         weights_sha256 = write_file(temporary / WEIGHTS_NAME, _encode(tensors, metadata))
         config = json.dumps(render_config(spec, modules, base_name), indent=2) + "\n"
         write_file(temporary / CONFIG_NAME, [config.encode("ascii")])
-        fsync_directory(temporary)
-        move_into_place(temporary, directory, overwrite)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return adapter_digest(weights_sha256, spec)
 
 
@@ -125,7 +116,29 @@ def _encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Itera
         yield tensors[name].cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
-def check_place(directory: Path, overwrite: bool) -> None:
+@contextmanager
+def new_directory(directory: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary sibling to write an adapter's files into, which becomes `directory` at the end, or else is removed.
+
+    Raises:
+        AdapterExistsError: `directory` exists, and may not be replaced.
+        OSError: the disk is full or not writable; `directory` is as it was.
+    """
+    directory = Path(os.path.abspath(directory))
+    _check_place(directory, overwrite)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = directory.with_name(f".{directory.name}.tmp-{secrets.token_hex(8)}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        fsync_directory(temporary)
+        _move_into_place(temporary, directory, overwrite)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _check_place(directory: Path, overwrite: bool) -> None:
     """Whether an adapter may be written there. Raises AdapterExistsError."""
     if not os.path.lexists(directory):
         return
@@ -140,7 +153,7 @@ def check_place(directory: Path, overwrite: bool) -> None:
         raise AdapterExistsError(f"{str(directory)!r} also holds {other!r}, which overwriting would delete")
 
 
-def move_into_place(temporary: Path, directory: Path, overwrite: bool) -> None:
+def _move_into_place(temporary: Path, directory: Path, overwrite: bool) -> None:
     """Rename a complete, synced directory to where it belongs, durably."""
     old: Path | None = None
     if overwrite and os.path.lexists(directory):

@@ -81,7 +81,7 @@ class AdapterDesk:
                 return self.ledger.load(who, name, directory, path)
             return self.runtime.load_adapter(name, directory, replace=not is_new)
         except AdapterExistsError as error:
-            raise ApiError(400, str(error), code=error.code, kind="InvalidUserInput", param="lora_name") from error
+            raise refused(str(error), error.code) from error
         except AdapterNotFoundError as error:
             raise not_on_disk(path) from error
         except LoquetierError as error:
@@ -185,24 +185,22 @@ def _unknown(name: str, param: str) -> ApiError:
     return ApiError(404, f"The lora adapter {name[:64]!r} cannot be found.", code="model_not_found", param=param)
 
 
+def refused(text: str, code: str = "invalid_value") -> ApiError:
+    """400 about `lora_name`, of vLLM's kind."""
+    return ApiError(400, text, kind="InvalidUserInput", code=code, param="lora_name")
+
+
 def _not_yours(name: str) -> ApiError:
-    """400, the same for another owner's adapter as for what the key's list leaves out, there or not."""
-    return ApiError(
-        400,
+    """The same for another owner's adapter as for what the key's list leaves out, there or not."""
+    return refused(
         f"lora_name {name!r} cannot be used: it is taken, reserved (ft:...), or not on this key's list; choose another "
-        "one",
-        kind="InvalidUserInput",
-        code="invalid_value",
-        param="lora_name",
+        "one"
     )
 
 
 def _exists(name: str) -> ApiError:
-    return ApiError(
-        400,
+    return refused(
         f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set "
         "'load_inplace' to True.",
-        kind="InvalidUserInput",
-        code="adapter_exists",
-        param="lora_name",
+        "adapter_exists",
     )

@@ -10,7 +10,7 @@ import msgspec
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
-from loquetier.server.problems import ApiError, bad
+from loquetier.server.problems import ApiError, bad, too_slow
 from loquetier.server.settings import ServerSettings
 
 M = TypeVar("M", bound=BaseModel)
@@ -52,12 +52,7 @@ async def _read(request: Request, settings: ServerSettings) -> bytes:
                     raise _too_large(limit)
                 parts.append(part)
     except TimeoutError:
-        raise ApiError(
-            408,
-            f"the body was not complete after {settings.body_timeout:g} s",
-            code="request_timeout",
-            headers={"Connection": "close", "x-should-retry": "false"},
-        ) from None
+        raise too_slow(f"the body was not complete after {settings.body_timeout:g} s") from None
     return b"".join(parts)
 
 

@@ -79,6 +79,12 @@ def too_many(message: str, seconds: float, code: str = "rate_limit_exceeded") ->
     return ApiError(429, message, code=code, headers={"Retry-After": retry_after(seconds)})
 
 
+def too_slow(message: str) -> ApiError:
+    """408: the client took too long to send; the connection ends with it."""
+    headers = {"Connection": "close", "x-should-retry": "false"}
+    return ApiError(408, message, code="request_timeout", headers=headers)
+
+
 def retry_after(seconds: float) -> str:
     """Whole seconds in [1, 120]: clients ignore longer ones."""
     return str(max(1, min(120, math.ceil(seconds))))

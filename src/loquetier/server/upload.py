@@ -14,7 +14,7 @@ from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
-from loquetier.server.problems import ApiError, bad
+from loquetier.server.problems import ApiError, bad, too_slow
 from loquetier.server.settings import ServerSettings
 from loquetier.storage import FULL, out_of_room
 
@@ -83,12 +83,7 @@ async def _read(request: Request, settings: ServerSettings, boundary: bytes, for
             async with asyncio.timeout(settings.body_timeout):
                 chunk = await anext(stream, None)
         except TimeoutError:
-            raise ApiError(
-                408,
-                f"nothing of the upload came for {settings.body_timeout:g} s",
-                code="request_timeout",
-                headers={"Connection": "close", "x-should-retry": "false"},
-            ) from None
+            raise too_slow(f"nothing of the upload came for {settings.body_timeout:g} s") from None
         if chunk is None:
             break
         try:

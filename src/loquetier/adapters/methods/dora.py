@@ -22,7 +22,7 @@ from torch import Tensor
 
 from loquetier.adapters.methods import lora_config
 from loquetier.adapters.methods.lora import draw_a, lora_parts
-from loquetier.adapters.methods.method import BaseWeight, ConfigRules, Part, Site, WeightTable
+from loquetier.adapters.methods.method import BaseWeight, ConfigRules, Part, Site, WeightTable, with_weights
 from loquetier.adapters.spec import DORA, LoraSpec, ModulePlan
 from loquetier.kernels.dropout import DropoutRows, dropped_TK
 from loquetier.kernels.reference import Factors, Segment
@@ -107,10 +107,7 @@ class Dora:
     ) -> list[Tensor]:
         """Returns ``x V^T`` of each train segment with weights here, in their order."""
         kept = []
-        for s in segments:
-            own = table[s.slot].get(site.module)
-            if own is None or s.stop == s.start:
-                continue
+        for s, own in with_weights(segments, table, site.module):
             x_sK, y_sN = x_MK[s.start : s.stop], y_MN[s.start : s.stop]
             if dropout is not None and dropout.drops(s):
                 x_sK = x_sK * _kept_scaled(x_sK, s, site, dropout)
@@ -134,9 +131,8 @@ class Dora:
         self, site: Site, dy_TN: Tensor, segments: Sequence[Segment], table: WeightTable, dropout: DropoutRows | None
     ) -> None:
         """Scaled by m / |V|; with dropout the base's own output is as it was, and `backward` adds the correction's."""
-        for s in segments:
-            own = table[s.slot].get(site.module)
-            if own is not None and not (dropout is not None and dropout.drops(s)):
+        for s, own in with_weights(segments, table, site.module):
+            if dropout is None or not dropout.drops(s):
                 dy_TN[s.start : s.stop].mul_(own.gain_N())
 
     def backward(
@@ -153,10 +149,7 @@ class Dora:
     ) -> None:
         """LoRA's with the scaled gradient, and ``dm = sum over rows of dy * (x V^T) / |V|``."""
         outputs = iter(kept)
-        for s in segments:
-            own = table[s.slot].get(site.module)
-            if own is None or s.stop == s.start:
-                continue
+        for s, own in with_weights(segments, table, site.module):
             grad: DoraWeights = grads[s.slot][site.module]
             x_sK, dy_sN, dx_sK = x_TK[s.start : s.stop], dy_TN[s.start : s.stop], dx_TK[s.start : s.stop]
             exact = grad.m_1N.dtype  # rows in bfloat16 are multiplied and summed in the gradient's float32

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from loquetier.adapters import patterns
-from loquetier.adapters.methods.method import BaseWeight, ConfigRules, Part, Site, WeightTable
+from loquetier.adapters.methods.method import BaseWeight, ConfigRules, Part, Site, WeightTable, with_weights
 from loquetier.adapters.peft_fields import names_in, names_out
 from loquetier.adapters.spec import LinearTarget, ModulePlan, check_selection, checked_names
 from loquetier.errors import AdapterMismatchError, ConfigError
@@ -172,10 +172,7 @@ class Ia3:
     ) -> list[Tensor]:
         """Returns the base's output of each train segment in the output form, in their order."""
         kept = []
-        for s in segments:
-            own = table[s.slot].get(site.module)
-            if own is None or s.stop == s.start:
-                continue
+        for s, own in with_weights(segments, table, site.module):
             y_sN = y_MN[s.start : s.stop]
             if own.scales_input:
                 scaled_sK = (x_MK[s.start : s.stop] * own.l_D).to(x_MK.dtype)
@@ -190,9 +187,8 @@ class Ia3:
         self, site: Site, dy_TN: Tensor, segments: Sequence[Segment], table: WeightTable, dropout: DropoutRows | None
     ) -> None:
         """Scaled by l in the output form."""
-        for s in segments:
-            own = table[s.slot].get(site.module)
-            if own is not None and not own.scales_input:
+        for s, own in with_weights(segments, table, site.module):
+            if not own.scales_input:
                 dy_TN[s.start : s.stop].mul_(own.l_D)
 
     def backward(
@@ -209,10 +205,7 @@ class Ia3:
     ) -> None:
         """``dl = sum over rows`` of ``dy * (x W^T + bias)``, or of ``(dy W) * x`` in the input form."""
         outputs = iter(kept)
-        for s in segments:
-            own = table[s.slot].get(site.module)
-            if own is None or s.stop == s.start:
-                continue
+        for s, own in with_weights(segments, table, site.module):
             grad_D = grads[s.slot][site.module].l_D
             x_sK, dy_sN, dx_sK = x_TK[s.start : s.stop], dy_TN[s.start : s.stop], dx_TK[s.start : s.stop]
             exact = grad_D.dtype  # rows in bfloat16 are multiplied and summed in the gradient's float32

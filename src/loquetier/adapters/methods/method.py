@@ -13,7 +13,7 @@ To add a method, write one file like `lora.py` and name it in the tuple of `adap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -53,6 +53,14 @@ class Site(NamedTuple):
     bias_N: Tensor | None
     is_alone: bool
     """Its GEMM has no siblings: the gradient of its input comes from it alone."""
+
+
+def with_weights(segments: Sequence[Segment], table: WeightTable, module: int) -> Iterator[tuple[Segment, Any]]:
+    """Segments that have rows, and weights on this linear, with those weights."""
+    for s in segments:
+        own = table[s.slot].get(module)
+        if own is not None and s.stop > s.start:
+            yield s, own
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

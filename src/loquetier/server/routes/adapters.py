@@ -12,11 +12,12 @@ from starlette.responses import PlainTextResponse, Response
 
 from loquetier.adapters.registry import AdapterVersion
 from loquetier.adapters.spec import LoraSpec
+from loquetier.server.adapter_desk import refused
 from loquetier.server.auth import Principal, Scope
 from loquetier.server.bodies import read_model
 from loquetier.server.guard import need
 from loquetier.server.openapi import body_schema, links
-from loquetier.server.problems import ApiError, unsupported
+from loquetier.server.problems import unsupported
 from loquetier.server.schemas.adapters import LoadRequest, PinRequest, RollbackRequest, UnloadRequest
 from loquetier.server.services import Services
 
@@ -47,7 +48,7 @@ def _change_routes(routes: APIRouter, services: Services) -> None:
         """Serve a PEFT directory; answers in plain text, as vLLM does."""
         body = await read_model(request, settings, LoadRequest)
         if not body.lora_name or not body.lora_path:
-            raise _missing("Both 'lora_name' and 'lora_path' must be provided.")
+            raise refused("Both 'lora_name' and 'lora_path' must be provided.")
         if body.is_3d_lora_weight:
             raise unsupported("is_3d_lora_weight")
         info = await desk.load(_who(request), body.lora_name, body.lora_path, in_place=body.load_inplace)
@@ -64,7 +65,7 @@ def _change_routes(routes: APIRouter, services: Services) -> None:
         """Stop serving an adapter; what is under way ends on it."""
         body = await read_model(request, settings, UnloadRequest)
         if not body.lora_name:
-            raise _missing("'lora_name' needs to be provided to unload a LoRA adapter.")
+            raise refused("'lora_name' needs to be provided to unload a LoRA adapter.")
         freed = await desk.unload(_who(request), body.lora_name)
         text = f"Success: LoRA adapter '{body.lora_name}' removed successfully."
         return PlainTextResponse(text, headers={"x-loquetier-freed-bytes": str(freed)})
@@ -145,7 +146,3 @@ def _described(services: Services, name: str) -> dict[str, Any]:
     if version is None:
         return {}
     return _version(version) | {"object": "adapter", "id": name, "pinned": services.port.is_pinned(name)}
-
-
-def _missing(text: str) -> ApiError:
-    return ApiError(400, text, kind="InvalidUserInput", code="invalid_value", param="lora_name")
