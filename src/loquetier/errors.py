@@ -178,3 +178,8 @@ class IntegrityError(LoquetierError, RuntimeError):
 
     code = "integrity_error"
     status = 500
+
+
+def typed(error: Exception) -> LoquetierError:
+    """The error itself if it is one of ours, else an EngineError that names it: what a caller is told of a bug."""
+    return error if isinstance(error, LoquetierError) else EngineError(f"{type(error).__name__}: {error}")

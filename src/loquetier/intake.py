@@ -14,7 +14,7 @@ from loquetier.checkpointing import CheckpointSaver, NewJob, open_checkpoints
 from loquetier.config import TrainingConfig
 from loquetier.engine.engine import Engine
 from loquetier.engine.loop import EngineLoop
-from loquetier.errors import DataError, EngineError, EngineStoppedError, LoquetierError
+from loquetier.errors import DataError, EngineStoppedError, typed
 from loquetier.finetuning import FinetuneHandle
 from loquetier.training.checkpoint_dir import CheckpointConfig
 from loquetier.training.data import Example, encode_examples
@@ -123,8 +123,8 @@ class Intake:
                     raise
                 except Exception as error:
                     log.warning("job %s cannot begin: %s", order.name, error)
-                    typed = _typed(error)
-                    self._loop.call(lambda: jobs.refuse(job, typed))
+                    reason = typed(error)
+                    self._loop.call(lambda: jobs.refuse(job, reason))
 
         threading.Thread(target=run, name="loquetier-validation", daemon=True).start()
 
@@ -154,7 +154,3 @@ class Intake:
 
     def _note(self, saver: CheckpointSaver, job: FinetuneJob) -> None:
         self._savers = [*(pair for pair in self._savers if pair[0].is_open), (saver, job)]
-
-
-def _typed(error: Exception) -> LoquetierError:
-    return error if isinstance(error, LoquetierError) else EngineError(f"{type(error).__name__}: {error}")

@@ -42,12 +42,7 @@ from loquetier.engine.shelf import AdapterShelf
 from loquetier.engine.tally import SECONDS, TOKENS, Tally
 from loquetier.engine.trainer import Trainer
 from loquetier.engine.version_files import VersionFiles
-from loquetier.errors import (
-    EngineError,
-    IntegrityError,
-    LoquetierError,
-    OutOfKVMemoryError,
-)
+from loquetier.errors import EngineError, IntegrityError, LoquetierError, OutOfKVMemoryError, typed
 from loquetier.failpoints import fail_points
 from loquetier.kernels.select import process_kernels
 from loquetier.kernels.smlm import SmlmPlans
@@ -294,7 +289,7 @@ class Engine:
 
     def _fail(self, plan: StepPlan, cause: Exception) -> None:
         """A step broke: end what took part in it, keep everything else. Its KV rows are freed with it."""
-        error = cause if isinstance(cause, LoquetierError) else EngineError(f"{type(cause).__name__}: {cause}")
+        error = typed(cause)
         for seq in (*(c.seq for c in plan.prefill), *plan.decode):
             self.scheduler.pages.distrust(seq)  # also of one that has ended since: others may find its pages
             choice = self.serving.choices.get(seq.seq_id)

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count
 
 from torch import Tensor
 
-from loquetier.adapters.arena import num_elements
-from loquetier.adapters.registry import AdapterRegistry, check_name
-from loquetier.adapters.spec import AdapterSpec, ModulePlan, resolve_modules
+from loquetier.adapters.registry import AdapterRegistry
+from loquetier.adapters.spec import AdapterSpec, resolve_modules
 from loquetier.config import TrainingConfig
 from loquetier.engine.admission import Admission, Ticket
+from loquetier.engine.entry import Entrant, check_trainable, fill, ticket_of
 from loquetier.engine.publisher import Publisher
 from loquetier.engine.residency import Residency
 from loquetier.engine.rows import TrainItem
@@ -24,24 +24,17 @@ from loquetier.engine.tally import JobTally
 from loquetier.engine.trainer import JobListener, Trainer
 from loquetier.errors import (
     ConfigError,
-    EngineError,
     JobStateError,
     LoquetierError,
     OutOfAdapterMemoryError,
-    ServeOnlyError,
+    typed,
 )
 from loquetier.failpoints import FailPoint, no_fail_point
 from loquetier.training import holds
 from loquetier.training.data import Example, check_examples
-from loquetier.training.ending import (
-    check_evaluation,
-    divergence,
-    improved_now,
-    nothing_to_publish,
-    reason_to_stop,
-)
+from loquetier.training.ending import check_evaluation, divergence, improved_now, nothing_to_publish, reason_to_stop
 from loquetier.training.job import EvalResult, EvalTask, FinetuneJob, JobImage, JobStatus, StepRecord
-from loquetier.training.optimizer import AdapterOptimizer, check_ratio
+from loquetier.training.optimizer import check_ratio
 from loquetier.training.states import resumed
 
 log = logging.getLogger("loquetier.jobs")
@@ -134,7 +127,8 @@ class Jobs:
         self._check_trainable(name)
         self.check_data(config, examples, eval_examples)
         job = FinetuneJob(next(self._ids), name, spec, config)
-        self._queue_up(job, self._prepared(job, examples, eval_examples, saves, start_from=start_from), listener)
+        entrant = Entrant(job=job, examples=examples, eval_examples=eval_examples, saves=saves, start_from=start_from)
+        self._queue_up(entrant, listener)
         return job
 
     def reserve(self, name: str, spec: AdapterSpec, config: TrainingConfig, listener: JobListener) -> FinetuneJob:
@@ -164,8 +158,17 @@ class Jobs:
             As `start`; the job is as it was.
         """
         if not job.status.is_final:
-            ticket = self._prepared(job, examples, eval_examples, saves, start_from=start_from, image=image)
-            self._queue_up(job, replace(ticket, catches_up=image is not None, served=served), listener)
+            entrant = Entrant(
+                job=job,
+                examples=examples,
+                eval_examples=eval_examples,
+                saves=saves,
+                start_from=start_from,
+                image=image,
+                catches_up=image is not None,
+                served=served,
+            )
+            self._queue_up(entrant, listener)
 
     def refuse(self, job: FinetuneJob, error: LoquetierError) -> None:
         """A reserved job cannot run."""
@@ -177,7 +180,7 @@ class Jobs:
 
         Errors as `start`.
         """
-        job = self._from_image(image, listener, saves=False, catches_up=False)
+        job = self._from_image(image, listener, is_checkpoint=False)
         if image.status is JobStatus.PAUSED and not job.status.is_final:
             self.set_status(job, JobStatus.PAUSED)
         return job
@@ -188,21 +191,28 @@ class Jobs:
         That is: its publish (nothing is served after a restart), its evaluation, the job's end. `served`: weights of
         an earlier step that were served, and that step. Errors as `start`.
         """
-        return self._from_image(image, listener, saves=True, catches_up=True, served=served)
+        return self._from_image(image, listener, is_checkpoint=True, served=served)
 
     def _from_image(
         self,
         image: JobImage,
         listener: JobListener,
         *,
-        saves: bool,
-        catches_up: bool,
+        is_checkpoint: bool,
         served: tuple[Tensor, int] | None = None,
     ) -> FinetuneJob:
         self._check_trainable(image.name)
         job = FinetuneJob(next(self._ids), image.name, image.spec, image.config)
-        ticket = self._prepared(job, image.examples, image.eval_examples, saves, image=image)
-        self._queue_up(job, replace(ticket, catches_up=catches_up, served=served), listener)
+        entrant = Entrant(
+            job=job,
+            examples=image.examples,
+            eval_examples=image.eval_examples,
+            saves=is_checkpoint,
+            image=image,
+            catches_up=is_checkpoint,
+            served=served,
+        )
+        self._queue_up(entrant, listener)
         return job
 
     def check_data(
@@ -214,39 +224,8 @@ class Jobs:
         if eval_examples:
             check_examples(eval_examples, self.trainer.base.vocab_size)
 
-    def _prepared(
-        self,
-        job: FinetuneJob,
-        examples: tuple[Example, ...],
-        eval_examples: tuple[Example, ...],
-        saves: bool,
-        *,
-        start_from: str | None = None,
-        image: JobImage | None = None,
-    ) -> Ticket:
-        modules = resolve_modules(job.spec, self.trainer.base.targets)
-        check_ratio(job.config, modules)
-        source = None
-        if start_from is not None and image is None:
-            self._check_same_layout(start_from, modules)
-            source = self.residency.acquire(start_from, is_long=True)
-        try:
-            needs = self.admission.model.needs(job.config, modules, examples, eval_examples, saves=saves)
-            ticket = Ticket(job=job, modules=modules, needs=needs, source=source, image=image)
-            self.admission.check_possible(ticket)
-            if source is not None:  # it is there when the job begins, or the job fails
-                self.residency.start(source, self.admission.look_again, lambda error: self._lost_source(job, error))
-        except BaseException:
-            if source is not None:
-                self.residency.drop(source)
-            raise
-        job.give_data(examples, eval_examples)
-        if image is not None:
-            job.history = list(image.history)  # known before it has memory: its observers begin with it
-        job.estimate = needs.estimate
-        return ticket
-
-    def _queue_up(self, job: FinetuneJob, ticket: Ticket, listener: JobListener) -> None:
+    def _queue_up(self, entrant: Entrant, listener: JobListener) -> None:
+        job, ticket = entrant.job, ticket_of(self.admission, entrant, self._lost_source)
         self._waiting[job.job_id], self._listeners[job.job_id] = job, listener
         log.info("job %s needs, by estimate:\n%s", job.name, ticket.needs.estimate.table())
         if job.status is JobStatus.PAUSED:
@@ -277,14 +256,13 @@ class Jobs:
     def _begin(self, ticket: Ticket, slot: int) -> None:
         job = ticket.job
         try:
-            self._fill(ticket, slot)
+            fill(ticket, self.trainer.arena, slot)
         except Exception as error:
             # Whatever went wrong (no memory for its moments, say): it is this job's trouble alone.
             log.exception("job %s could not begin", job.name)
             self.trainer.arena.free(slot)
             self.admission.release(job)
-            typed = error if isinstance(error, LoquetierError) else EngineError(f"{type(error).__name__}: {error}")
-            self._end(job, JobStatus.FAILED, typed)
+            self._end(job, JobStatus.FAILED, typed(error))
             return
         finally:
             if ticket.source is not None:
@@ -297,20 +275,6 @@ class Jobs:
             self._catch_up(job, ticket.served)
         if holds.obey(job):
             self._listeners[job.job_id](job, None)
-
-    def _fill(self, ticket: Ticket, slot: int) -> None:
-        """The job's first weights, and its optimizer."""
-        job, arena = ticket.job, self.trainer.arena
-        if ticket.source is not None:
-            arena.copy(ticket.source.version.slot, slot)
-        elif ticket.image is None:
-            arena.methods[slot].initialize(arena.factors[slot], ticket.modules, job.config.seed, arena.base_weight)
-            arena.refresh(slot)
-        optimizer = AdapterOptimizer(arena.flat(slot), ticket.modules, job.config)
-        job.give_memory(slot, optimizer)
-        if ticket.image is not None:
-            job.restore(ticket.image)
-            arena.refresh(slot)
 
     def _catch_up(self, job: FinetuneJob, served: tuple[Tensor, int] | None) -> None:
         """What the last step of a resumed job may still owe."""
@@ -328,14 +292,7 @@ class Jobs:
         self._release()
 
     def _check_trainable(self, name: str) -> None:
-        if self.serve_only:
-            raise ServeOnlyError(
-                f"{name!r} cannot be trained: this engine was started with serve_only (--serve-only), which dropped "
-                "the weights that a backward needs; start it without"
-            )
-        check_name(name)
-        if name == self.trainer.base.name:
-            raise ConfigError(f"{name!r} is the base's name; choose another for the adapter")
+        check_trainable(name, self.trainer.base.name, serve_only=self.serve_only)
         if self.find(name) is not None:
             raise ConfigError(f"a job is already training {name!r}; cancel it first, or choose another name")
 
@@ -346,17 +303,7 @@ class Jobs:
 
     def find(self, name: str) -> FinetuneJob | None:
         """The job that trains `name` and has not ended, if any."""
-        jobs = (*self.trainer.jobs.values(), *self._waiting.values())
-        return next((j for j in jobs if j.name == name and not j.status.is_final), None)
-
-    def _check_same_layout(self, model: str, modules: tuple[ModulePlan, ...]) -> None:
-        held = self.registry.resolve(model).modules
-        if held != modules:
-            raise ConfigError(
-                f"start_from={model!r}: its method, modules, ranks or scales ({len(held)} modules, "
-                f"{num_elements(held)} weights) differ from the job's ({len(modules)} modules, "
-                f"{num_elements(modules)} weights); use the same spec"
-            )
+        return next((j for j in self.open if j.name == name), None)
 
     def set_status(self, job: FinetuneJob, status: JobStatus, reason: str | None = None) -> None:
         """Pause, resume (to RUNNING), cancel or detach; takes effect with the next step. Raises JobStateError."""

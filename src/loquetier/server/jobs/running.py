@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import structlog
 
-from loquetier.errors import DataError, EngineError, EngineStoppedError, JobStateError, LoquetierError, ServeOnlyError
+from loquetier.errors import DataError, EngineStoppedError, JobStateError, ServeOnlyError, typed
 from loquetier.finetuning import FinetuneHandle
 from loquetier.runtime import Runtime
 from loquetier.server.file_check import FileChecker
@@ -73,11 +73,10 @@ class RunningJobs:
                 self.patience.write(lambda c: self.store.jobs.update(c, job_id, status="queued", reason=SERVE_ONLY))
             self.bell.ring(job_id)
         except Exception as error:
-            typed = error if isinstance(error, LoquetierError) else EngineError(f"{type(error).__name__}: {error}")
             log.warning("job_cannot_start", job=job_id, problem=str(error))
             recorder = self._recorder(job, is_restart)
             try:
-                recorder.fail(typed)
+                recorder.fail(typed(error))
             except ClosingError:
                 return
             self._forget(job_id)
