@@ -24,8 +24,9 @@ MODULE = 3
 F32, BF16 = torch.float32, torch.bfloat16
 DTYPES = {"float32": (F32, F32), "bfloat16 rows": (BF16, F32), "bfloat16": (BF16, BF16)}
 """Of rows and weights."""
-TOLERANCE = {F32: 2e-6, BF16: 1e-2}
-"""Of the largest value: float32 sums of up to 700 products; bfloat16's rounding of the result, 2**-8."""
+TOLERANCE = {F32: 5e-7, BF16: 1e-2}
+"""float32: of the largest sum of absolute values, for what a sum loses does not shrink when it cancels; 8 roundings of
+2**-24, where up to 700 products in 16 lanes make about 7. bfloat16's rounding of the result, 2**-8, of the largest."""
 
 
 @pytest.fixture(scope="module", params=ISA_NAMES)
@@ -76,18 +77,24 @@ class Case:
         """The columns of a wider output that belong to the module."""
         return wide[:, self.pad : self.pad + self.n]
 
-    def doubled(self, table: FactorTable) -> dict[int, dict[int, Factors]]:
+    def doubled(self, table: FactorTable, *, unsigned: bool = False) -> dict[int, dict[int, Factors]]:
+        """A copy in float64; `unsigned`: of the absolute values."""
+
+        def copy(matrix: Tensor) -> Tensor:
+            return matrix.double().abs() if unsigned else matrix.double()
+
         return {
-            slot: {m: Factors(f.a_RK.double(), f.b_RN.double(), f.scale) for m, f in modules.items()}
+            slot: {m: Factors(copy(f.a_RK), copy(f.b_RN), f.scale) for m, f in modules.items()}
             for slot, modules in table.items()
         }
 
 
-def assert_near(ours: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+def assert_near(ours: Tensor, exact: Tensor, dtype: torch.dtype, sums: Tensor) -> None:
+    """`sums`: what `exact` is when every number in it is taken without its sign."""
     assert ours.dtype == dtype
     error = (ours.double() - exact).abs().max() if exact.numel() else torch.zeros(())
-    # The largest value, at least 1: a sum may cancel to nearly nothing.
-    assert error <= TOLERANCE[dtype] * max(1.0, float(exact.abs().max()) if exact.numel() else 1.0)
+    largest = sums if dtype == F32 else exact
+    assert error <= TOLERANCE[dtype] * max(1.0, float(largest.abs().max()) if exact.numel() else 1.0)
 
 
 def check_forward(library: NativeLibrary, case: Case) -> None:
@@ -97,7 +104,10 @@ def check_forward(library: NativeLibrary, case: Case) -> None:
     NativeSmlm(library).forward(case.x_TK, case.y(wide_TW), rows)
     exact_TW = case.y_TW.double()
     reference.smlm_forward(case.x_TK.double(), case.y(exact_TW), MODULE, case.segments, case.doubled(case.table))
-    assert_near(case.y(wide_TW), case.y(exact_TW), wide_TW.dtype)
+    sums_TW = case.y_TW.double().abs()
+    unsigned = case.doubled(case.table, unsigned=True)
+    reference.smlm_forward(case.x_TK.double().abs(), case.y(sums_TW), MODULE, case.segments, unsigned)
+    assert_near(case.y(wide_TW), case.y(exact_TW), wide_TW.dtype, case.y(sums_TW))
     untouched = torch.ones(case.rows, dtype=torch.bool)
     for s in case.segments:
         untouched[s.start : s.stop] = MODULE not in case.table[s.slot]
@@ -109,18 +119,24 @@ def check_forward(library: NativeLibrary, case: Case) -> None:
 def check_backward(library: NativeLibrary, case: Case) -> None:
     dy_TN, dx_TK = case.y(case.y_TW), case.dx_TK.clone()
     exact_dx_TK, exact_grads = case.dx_TK.double(), case.doubled(case.grads)
+    sums_dx_TK, sums_grads = exact_dx_TK.abs(), case.doubled(case.grads, unsigned=True)
     rows = backward_rows(MODULE, case.segments, case.table, case.grads)
     assert rows is not None and not rows.long
     NativeSmlm(library).backward(case.x_TK, dy_TN, dx_TK, rows)
     reference.smlm_backward(
         case.x_TK.double(), dy_TN.double(), exact_dx_TK, MODULE, case.segments, case.doubled(case.table), exact_grads
     )
-    assert_near(dx_TK, exact_dx_TK, dx_TK.dtype)
+    reference.smlm_backward(
+        case.x_TK.double().abs(), dy_TN.double().abs(), sums_dx_TK, MODULE, case.segments,
+        case.doubled(case.table, unsigned=True), sums_grads,
+    )  # fmt: skip
+    assert_near(dx_TK, exact_dx_TK, dx_TK.dtype, sums_dx_TK)
     for slot, modules in exact_grads.items():
         for module, exact in modules.items():
+            sums = sums_grads[slot][module]
             # Gradients are float32 sums whatever the rows' dtype; S and dS are not rounded in between.
-            assert_near(case.grads[slot][module].a_RK, exact.a_RK, F32)
-            assert_near(case.grads[slot][module].b_RN, exact.b_RN, F32)
+            assert_near(case.grads[slot][module].a_RK, exact.a_RK, F32, sums.a_RK)
+            assert_near(case.grads[slot][module].b_RN, exact.b_RN, F32, sums.b_RN)
 
 
 SHAPES = {
@@ -207,7 +223,7 @@ def test_long_segments_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> Non
     smlm.smlm_backward(case.x_TK, case.y_TW, dx_TK, MODULE, case.segments, case.table, case.grads)
     reference.smlm_forward(x_TK, exact_TN, MODULE, case.segments, table)
     reference.smlm_backward(x_TK, case.y_TW.double(), exact_dx_TK, MODULE, case.segments, table, exact_grads)
-    assert_near(y_TN, exact_TN, F32)
+    assert_near(y_TN, exact_TN, F32, exact_TN)
     assert_near(dx_TK, exact_dx_TK, F32)
     for slot, modules in exact_grads.items():
         assert_near(case.grads[slot][MODULE].a_RK, modules[MODULE].a_RK, F32)
@@ -228,12 +244,12 @@ def test_what_c_cannot_take_runs_on_the_reference() -> None:
     assert forward_rows(MODULE, exact.segments, gaps) is None
     y_TN = exact.y_TW.clone()
     smlm.smlm_forward(exact.x_TK, y_TN, MODULE, exact.segments, gaps)
-    assert_near(y_TN, expected_TN, F32)
+    assert_near(y_TN, expected_TN, F32, expected_TN)
     columns = torch.stack([exact.x_TK, exact.x_TK], 2)[..., 0]
     assert not usable_matrix(columns, F32)
     y_TN = exact.y_TW.clone()
     smlm.smlm_forward(columns, y_TN, MODULE, exact.segments, exact.table)
-    assert_near(y_TN, expected_TN, F32)
+    assert_near(y_TN, expected_TN, F32, expected_TN)
 
 
 def test_a_plan_is_kept_from_step_to_step() -> None:

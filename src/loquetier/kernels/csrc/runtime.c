@@ -8,6 +8,7 @@
 #if defined(__linux__)
 #define _GNU_SOURCE
 #include <linux/futex.h>
+#include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #elif defined(__unix__) || defined(__APPLE__)
@@ -25,10 +26,13 @@ static int32_t isa = LQ_GENERIC;
 /* ---- teams ----
  * Forking and joining costs as much as a small kernel. A team forks once: all its threads run the same function, and
  * each lq_parallel_for in it is a share of the work and a barrier. */
+enum { MOST_MEMBERS = 256 };
+
 typedef struct {
     uint32_t size, round, sleepers; /* size: threads; 0 until the first has come */
     int64_t chunk, arrived, next;
     void *shared;
+    int16_t core[MOST_MEMBERS]; /* where each member last came to a barrier, plus 1; 0: unknown */
 } Team;
 
 static _Thread_local Team *team = NULL;
@@ -55,8 +59,26 @@ static void learn(int64_t slept) {
         spins = spins / 2 > LEAST_SPINS ? spins / 2 : LEAST_SPINS;
 }
 
+/* Beside another program the scheduler puts two members on one core for a while, and then who spins keeps the one it
+ * waits for from running. So each says where it is when it comes to a barrier, and spins only if it is alone there. */
+static void say_core(Team *t) {
+#if defined(__linux__)
+    __atomic_store_n(&t->core[member], (int16_t)(sched_getcpu() + 1), __ATOMIC_RELAXED);
+#else
+    (void)t;
+#endif
+}
+
+static int shares_core(Team *t) {
+    int16_t here = __atomic_load_n(&t->core[member], __ATOMIC_RELAXED);
+    for (uint32_t i = 0; i < t->size && here; i++)
+        if (i != member && __atomic_load_n(&t->core[i], __ATOMIC_RELAXED) == here) return 1;
+    return 0;
+}
+
 static void wait_while(Team *t, uint32_t *value, uint32_t old) {
-    for (int spin = 0; spin < spins; spin++) {
+    int is_alone = !shares_core(t);
+    for (int spin = 0; is_alone && spin < spins; spin++) {
         if (__atomic_load_n(value, __ATOMIC_ACQUIRE) != old) return;
 #if LQ_X86
         _mm_pause();
@@ -72,7 +94,7 @@ static void wait_while(Team *t, uint32_t *value, uint32_t old) {
 #endif
     }
     __atomic_sub_fetch(&t->sleepers, 1, __ATOMIC_SEQ_CST);
-    learn(now() - began);
+    if (is_alone) learn(now() - began);
 }
 
 /* The new value is seen by who looks later, and by who looks already: either it sees a sleeper, or the sleeper it. */
@@ -89,6 +111,7 @@ static void tell(Team *t, uint32_t *value, uint32_t new) {
 static void barrier(void) {
     Team *t = team;
     uint32_t round = __atomic_load_n(&t->round, __ATOMIC_RELAXED);
+    say_core(t);
     if (__atomic_add_fetch(&t->arrived, 1, __ATOMIC_ACQ_REL) == (int64_t)t->size) {
         t->arrived = t->next = 0; /* nobody looks at them before the round changes */
         tell(t, &t->round, round + 1);
@@ -103,7 +126,7 @@ typedef struct {
     void *context;
 } Gathering;
 
-enum { MOST_MEMBERS = 256, CHEAPER = 16 /* a share in a team costs so much less than a fork: grains shrink by it */ };
+enum { CHEAPER = 16 /* a share in a team costs so much less than a fork: grains shrink by it */ };
 
 /* One call per thread of the pool. The pool cuts [0, MOST_MEMBERS) into equal pieces, the last perhaps shorter, so the
  * first piece tells how many there are. */
