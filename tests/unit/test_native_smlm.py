@@ -226,8 +226,8 @@ def test_long_segments_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> Non
     assert_near(y_TN, exact_TN, F32, exact_TN)
     assert_near(dx_TK, exact_dx_TK, F32)
     for slot, modules in exact_grads.items():
-        assert_near(case.grads[slot][MODULE].a_RK, modules[MODULE].a_RK, F32)
-        assert_near(case.grads[slot][MODULE].b_RN, modules[MODULE].b_RN, F32)
+        assert_near(case.grads[slot][MODULE].a_RK, modules[MODULE].a_RK, F32, modules[MODULE].a_RK)
+        assert_near(case.grads[slot][MODULE].b_RN, modules[MODULE].b_RN, F32, modules[MODULE].b_RN)
 
 
 def test_what_c_cannot_take_runs_on_the_reference() -> None:

@@ -62,4 +62,4 @@ TARGETS: tuple[Target, ...] = (
     Target("fine-tuning, share of the GEMM rate", "fine_tuning", ("share_of_gemm_rate",), 0.30),
     Target("two jobs at once over one after the other", "two_jobs", ("speedup",), 1.3),
 )
-"""Of issue 4, for an H200-class GPU."""
+"""What an H200-class GPU is aimed at."""
