@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
@@ -19,9 +18,11 @@ from torch import Tensor
 
 from loquetier.adapters.arena import Arena, Run
 from loquetier.adapters.host_tier import HostTier
+from loquetier.adapters.layouts import Layouts
 from loquetier.adapters.packed import PackedAdapter
 from loquetier.adapters.registry import ABSENT_SLOT, AdapterRegistry, AdapterVersion
-from loquetier.adapters.spec import AdapterSpec, ModulePlan
+from loquetier.adapters.spec import AdapterSpec
+from loquetier.engine.arena_map import ArenaMap
 from loquetier.engine.background import Result
 from loquetier.engine.hold import Hold, HoldState
 from loquetier.engine.residency_books import ResidencyTotals, check_books
@@ -38,14 +39,13 @@ from loquetier.engine.residency_policy import (
     may_use,
 )
 from loquetier.engine.version_files import VersionFiles, unavailable
+from loquetier.engine.waiters import Waiters
 from loquetier.errors import IntegrityError, LoquetierError, OutOfAdapterMemoryError
 
 log = logging.getLogger("loquetier.residency")
 
 MOST_DEMANDS = 256
 """Versions that wait and are looked at, oldest first; the others' turn comes when these are served."""
-
-MOST_LAYOUTS = 1024
 
 
 class Residency:
@@ -73,7 +73,7 @@ class Residency:
         files.changed = self.look_again
         self.host: HostTier[AdapterVersion] = HostTier(host_bytes)
         self.totals = ResidencyTotals()
-        self._layouts: dict[tuple[ModulePlan, ...], tuple[ModulePlan, ...]] = {}
+        self.layouts = Layouts()
         self.forgotten: Callable[[AdapterVersion], object] = lambda version: None
         """Told of a version that nothing means or uses any more: its files are not needed."""
         self.reserved_bytes: Callable[[], int] = lambda: 0
@@ -84,9 +84,8 @@ class Residency:
         """Told when a job that waits for room should look again."""
         self._news = False
         """Something changed since `tick` was called last."""
-        self._waiting: dict[AdapterVersion, list[Hold]] = {}
-        self._loading: set[AdapterVersion] = set()
-        self._long: Counter[AdapterVersion] = Counter()
+        self._waiting = Waiters()
+        self._map = ArenaMap(arena, registry, files)
         self._claims: tuple[Claim, ...] = ()
         self._draining: frozenset[int] = frozenset()
         self._next_aged = math.inf
@@ -127,7 +126,7 @@ class Residency:
         if version.slot < 0:
             self._check_possible(version)
         hold.state, hold.since = HoldState.WAITING, self._clock()
-        self._waiting.setdefault(version, []).append(hold)
+        self._waiting.add(hold)
         self._news = True
 
     def drop(self, hold: Hold) -> None:
@@ -136,16 +135,14 @@ class Residency:
         assert state is not HoldState.ENDED
         hold.state = HoldState.ENDED
         if state is HoldState.WAITING:
-            self._waiting[version].remove(hold)
-            if not self._waiting[version]:
-                del self._waiting[version]
+            self._waiting.remove(hold)
             self._news = True
         if not version.is_base:
             self._num_holds -= 1
             if state is HoldState.HELD:
                 version.holders -= 1
                 if hold.is_long:
-                    self._long[version] -= 1
+                    self._map.long[version] -= 1
                 self._news |= version.holders == 0 or hold.is_long
         self.registry.release(version)
 
@@ -154,7 +151,7 @@ class Residency:
         if not hold.version.is_base:
             hold.version.holders += 1
             if hold.is_long:
-                self._long[hold.version] += 1
+                self._map.long[hold.version] += 1
         hold.ready()
 
     def preload(self, model: str, done: Callable[[LoquetierError | None], None] = lambda error: None) -> None:
@@ -181,12 +178,6 @@ class Residency:
         self._news = True
         return version
 
-    def shared_layout(self, modules: tuple[ModulePlan, ...]) -> tuple[ModulePlan, ...]:
-        """The one tuple of all adapters of this form: thousands of them take little memory, and compare fast."""
-        if len(self._layouts) >= MOST_LAYOUTS:
-            self._layouts.clear()
-        return self._layouts.setdefault(modules, modules)
-
     def keep_pins(self) -> None:
         """Bring in what is pinned and not there: a new version of a pinned name, say."""
         for name in self.registry.pinned:
@@ -200,7 +191,7 @@ class Residency:
     @property
     def num_waiting(self) -> int:
         """Uses that wait for their version."""
-        return sum(map(len, self._waiting.values()))
+        return sum(self._waiting.counts().values())
 
     @property
     def waiting_names(self) -> list[str]:
@@ -224,7 +215,7 @@ class Residency:
             return
         self._news = False
         self._grant_waiting()  # who has its weights here already comes first
-        pieces = self._pieces()
+        pieces = self._map.pieces()
         room = self._room_for_job(pieces)
         before, kept = self._kept_for_publishing(pieces)
         demands = self._demands(before=min(before, self._room_since if room else math.inf))
@@ -242,7 +233,7 @@ class Residency:
 
     def _grant_waiting(self) -> None:
         """Who waits for a version that is here, as far as jobs keep their room."""
-        for version in sorted((v for v in self._waiting if v.is_resident), key=lambda v: self._waiting[v][0].since):
+        for version in self._waiting.resident():
             if self._may_grant(version):
                 self._grant_all(version)
 
@@ -252,14 +243,14 @@ class Residency:
             return False
         if version.holders or not self._reserve or self.arena.free_bytes >= self.reserved_bytes():
             return True
-        pieces = self._pieces()
+        pieces = self._map.pieces()
         own = next(p for p in pieces if p.slot == version.slot)
         return own.state is not PieceState.IDLE or may_use(pieces, own.size, self._reserve)
 
     def _idle_waiter(self) -> AdapterVersion | None:
         """Of the versions that are here and may not be used yet, the one that is waited for longest."""
-        idle = [v for v in self._waiting if v.is_resident and not v.holders and v.slot not in self._draining]
-        return min(idle, key=lambda v: self._waiting[v][0].since, default=None)
+        idle = (v for v in self._waiting.resident() if not v.holders and v.slot not in self._draining)
+        return next(idle, None)
 
     def _kept_for_publishing(self, pieces: list[Piece]) -> tuple[float, frozenset[int]]:
         """Slots that drain so that jobs have their room, and who has waited for theirs too long; who came since waits.
@@ -270,8 +261,8 @@ class Residency:
         reserve, waiter, before = self._reserve, self._idle_waiter(), math.inf
         if not reserve:
             return before, frozenset()
-        if waiter is not None and self._clock() - self._waiting[waiter][0].since >= self.patience:
-            before = self._waiting[waiter][0].since
+        if waiter is not None and self._clock() - self._waiting.since(waiter) >= self.patience:
+            before = self._waiting.since(waiter)
             reserve += waiter.num_bytes // self.arena.itemsize
         unsaved = {v.slot for v in self.registry.versions if v.is_live and v.source is None}
         movable = [replace(p, state=PieceState.FIXED) if p.slot in unsaved else p for p in pieces]
@@ -301,14 +292,11 @@ class Residency:
     def _demands(self, before: float) -> list[Demand]:
         """Who began to wait before a time, oldest first."""
         now = self._clock()
-        absent = sorted((v for v in self._waiting if v.slot < 0), key=lambda v: self._waiting[v][0].since)[
-            :MOST_DEMANDS
-        ]
-        absent = [v for v in absent if self._waiting[v][0].since < before]
-        ages = [now - self._waiting[v][0].since for v in absent]
+        absent = [v for v in self._waiting.absent()[:MOST_DEMANDS] if self._waiting.since(v) < before]
+        ages = [now - self._waiting.since(v) for v in absent]
         waiter = self._idle_waiter()
         if waiter is not None:
-            ages.append(now - self._waiting[waiter][0].since)
+            ages.append(now - self._waiting.since(waiter))
         if self._room:
             ages.append(now - self._room_since)
         self._next_aged = now + min((self.patience - age for age in ages if age < self.patience), default=math.inf)
@@ -316,27 +304,6 @@ class Residency:
             Demand(id(v), v.num_bytes // self.arena.itemsize, age >= self.patience)
             for v, age in zip(absent, ages, strict=False)
         ]
-
-    def _pieces(self) -> list[Piece]:
-        arena = self.arena
-        by_slot = {v.slot: v for v in self.registry.versions if v.slot >= 0}
-        pieces = [Piece(run.start, run.size, PieceState.FREE) for run in arena.free_runs]
-        for slot in arena.slots:
-            run, version = arena.run_of(slot), by_slot.get(slot)
-            state, used = (PieceState.FIXED, 0) if version is None else (self._state(version), version.last_used)
-            pieces.append(Piece(run.start, run.size, state, slot, used))
-        return sorted(pieces, key=lambda p: p.start)
-
-    def _state(self, version: AdapterVersion) -> PieceState:
-        if self.registry.is_pinned(version) or self._long[version]:
-            return PieceState.FIXED
-        if version in self._loading or version in self.files.saving:
-            return PieceState.HELD
-        if version.source is not None:
-            return PieceState.HELD if version.holders else PieceState.IDLE
-        if version.is_live:  # only the arena has it: it must be saved first
-            return PieceState.HELD if self.files.can_save(version) else PieceState.FIXED
-        return PieceState.HELD if version.users else PieceState.IDLE
 
     @property
     def _reserve(self) -> int:
@@ -346,18 +313,18 @@ class Residency:
         return tuple(Run(c.start, c.stop - c.start) for c in self._claims)
 
     def _grant_all(self, version: AdapterVersion) -> None:
-        for hold in self._waiting.pop(version, ()):
+        for hold in self._waiting.take(version):
             self._grant(hold)
 
     def _fail_all(self, version: AdapterVersion, error: LoquetierError) -> None:
-        for hold in self._waiting.pop(version, ()):
+        for hold in self._waiting.take(version):
             hold.state = HoldState.NEW
             hold.fail(error)
 
     # --- in and out ---
 
     def _place(self, version: AdapterVersion, placement: Placement) -> None:
-        by_slot = {v.slot: v for v in self.registry.versions if v.slot >= 0}
+        by_slot = self._map.by_slot()
         for slot in placement.evict:
             self._evict(by_slot[slot])
         slot = self.arena.allocate(version.modules, zeroed=False, at=placement.start)
@@ -367,11 +334,11 @@ class Residency:
             self.totals.host_hits += 1
             self._fill(version, flat, began)
             return
-        self._loading.add(version)
+        self._map.loading.add(version)
         self.files.read(version, lambda result: self._arrived(version, slot, began, result))
 
     def _arrived(self, version: AdapterVersion, slot: int, began: float, result: Result[PackedAdapter]) -> None:
-        self._loading.discard(version)
+        self._map.loading.discard(version)
         self._news = True
         if version.slot != slot:
             return  # it was unloaded meanwhile, and its slot freed with it
@@ -421,7 +388,7 @@ class Residency:
 
     def _reclaim(self, size: int) -> bool:
         """Empty the best window of `size` elements for somebody who cannot wait; False when there is none."""
-        pieces = self._pieces()
+        pieces = self._map.pieces()
         window = best_window(pieces, size, PieceState.IDLE, self._claims) or best_window(
             pieces, size, PieceState.IDLE, ()
         )
@@ -429,11 +396,11 @@ class Residency:
 
     def reclaim_one(self) -> bool:
         """Give up the idle version that was used longest ago; False when there is none."""
-        idle = [p for p in self._pieces() if p.state is PieceState.IDLE]
+        idle = [p for p in self._map.pieces() if p.state is PieceState.IDLE]
         return self._evict_pieces(sorted(idle, key=lambda p: p.last_used)[:1])
 
     def _evict_pieces(self, pieces: tuple[Piece, ...] | list[Piece]) -> bool:
-        by_slot = {v.slot: v for v in self.registry.versions if v.slot >= 0}
+        by_slot = self._map.by_slot()
         taken = [by_slot[p.slot] for p in pieces if p.state is PieceState.IDLE]
         for version in taken:
             self._evict(version)
@@ -442,10 +409,10 @@ class Residency:
     @property
     def reclaimable_bytes(self) -> int:
         """Bytes of idle versions."""
-        return sum(p.size for p in self._pieces() if p.state is PieceState.IDLE) * self.arena.itemsize
+        return sum(p.size for p in self._map.pieces() if p.state is PieceState.IDLE) * self.arena.itemsize
 
     def _check_possible(self, version: AdapterVersion) -> None:
-        pieces = self._pieces()
+        pieces = self._map.pieces()
         if is_possible(pieces, version.num_bytes // self.arena.itemsize, self._reserve):
             return
         fixed = sum(p.size for p in pieces if p.state is PieceState.FIXED) * self.arena.itemsize
@@ -475,7 +442,6 @@ class Residency:
 
     def check_integrity(self) -> None:
         """Holds, waiters, loads and claims agree with the registry. Raises IntegrityError."""
-        waiting = {version: len(holds) for version, holds in self._waiting.items()}
-        check_books(self.registry.versions, waiting, self._loading, self._num_holds)
+        check_books(self.registry.versions, self._waiting.counts(), self._map.loading, self._num_holds)
         if self._claims and not (self._waiting or self.has_news):
             raise IntegrityError(f"residency: nobody waits, and {self._claims} are claimed")

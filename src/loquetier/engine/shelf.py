@@ -69,7 +69,7 @@ class AdapterShelf:
         self._check_method(name, packed.modules)
         if not (replace and self.registry.find(name) is not None):
             self.registry.check_free(name)
-        modules, slot = self.residency.shared_layout(packed.modules), ABSENT_SLOT
+        modules, slot = self.residency.layouts.shared(packed.modules), ABSENT_SLOT
         if source is None or self.arena.has_room(modules):
             slot = self.arena.allocate(modules, zeroed=False)
             self.arena.flat(slot).copy_(packed.flat)
@@ -108,7 +108,7 @@ class AdapterShelf:
             ABSENT_SLOT,
             layout.spec,
             layout.template_fingerprint,
-            modules=self.residency.shared_layout(layout.modules),
+            modules=self.residency.layouts.shared(layout.modules),
             num_bytes=self.arena.bytes_for(layout.modules),
             source=source,
             source_digest=source_digest,
