@@ -125,12 +125,7 @@ class Engine:
         if self.replay_refusal is not None and config.tape == "replay":
             raise self.replay_refusal
         self.max_context = min(base.loaded.max_context, config.max_context or base.loaded.max_context)
-        page_bytes = base.page_bytes(config.page_size)
-        num_pages = min(config.kv_memory // page_bytes, _most_useful_pages(config, self.max_context))
-        if num_pages < 1:
-            raise OutOfKVMemoryError(
-                f"kv_memory={config.kv_memory} bytes is less than one page of {page_bytes} bytes; raise it"
-            )
+        num_pages = _num_pages(base, config, config.kv_memory, self.max_context)
         process_kernels(base.device.type)  # may compile: at the start of an engine, not inside its first step
         self.cache = base.new_cache(num_pages, config.page_size)
         if config.serve_only:
@@ -362,6 +357,15 @@ def _residency(base: Base, config: EngineConfig, arena: Arena, registry: Adapter
     patience, host_bytes = config.adapter_patience, config.host_adapter_memory or 0
     files = VersionFiles(arena, registry, packer, Inline(), spill)
     return Residency(arena, registry, files, patience=patience, host_bytes=host_bytes)
+
+
+def _num_pages(base: Base, config: EngineConfig, kv_memory: int, max_context: int) -> int:
+    """Pages of the KV cache. Raises OutOfKVMemoryError where there is memory for none."""
+    page_bytes = base.page_bytes(config.page_size)
+    num_pages = min(kv_memory // page_bytes, _most_useful_pages(config, max_context))
+    if num_pages < 1:
+        raise OutOfKVMemoryError(f"kv_memory={kv_memory} bytes is less than one page of {page_bytes} bytes; raise it")
+    return num_pages
 
 
 def _most_useful_pages(config: EngineConfig, max_context: int) -> int:

@@ -74,20 +74,8 @@ class FileDesk:
     def commit(self, who: Principal, upload: Upload, temporary: Path, key: str | None) -> FileRow:
         """Make an upload a file, durably; on a thread. Raises ApiError 400."""
         store, now = self.store, int(self.store.wall())
-        purpose = _purpose(upload.fields)
-        file = FileRow(
-            id=f"file-{secrets.token_hex(12)}",
-            owner=who.owner,
-            key_id=who.id,
-            filename=upload.filename,
-            purpose=purpose,
-            bytes=upload.num_bytes,
-            sha256=upload.sha256,
-            created_at=now,
-            expires_at=_expiry(upload.fields, now),
-            status="uploaded" if purpose == CHECKED_PURPOSE else "processed",
-        )
-        digest = hashlib.sha256(f"{upload.sha256} {purpose} {upload.filename}".encode()).hexdigest()
+        file = _row_of(who, upload, now)
+        digest = hashlib.sha256(f"{upload.sha256} {file.purpose} {upload.filename}".encode()).hexdigest()
         final = store.files.path(file.id)
         store.fail_point("upload.before_rename")
         os.rename(temporary, final)
@@ -109,7 +97,7 @@ class FileDesk:
             final.unlink()
             return self.find(who, known)
         store.fail_point("upload.after_commit")
-        log.info("file_uploaded", file=file.id, owner=who.owner, bytes=file.bytes, purpose=purpose)
+        log.info("file_uploaded", file=file.id, owner=who.owner, bytes=file.bytes, purpose=file.purpose)
         if file.status == "uploaded":
             self.checker.put(file.id)
         store.files.tidy()
@@ -191,3 +179,20 @@ def _expiry(fields: dict[str, str], now: int) -> int | None:
             "invalid_value",
         )
     return now + int(seconds or 0)
+
+
+def _row_of(who: Principal, upload: Upload, now: int) -> FileRow:
+    """The row of a new file. Raises ApiError 400 for a field that is not as it should be."""
+    purpose = _purpose(upload.fields)
+    return FileRow(
+        id=f"file-{secrets.token_hex(12)}",
+        owner=who.owner,
+        key_id=who.id,
+        filename=upload.filename,
+        purpose=purpose,
+        bytes=upload.num_bytes,
+        sha256=upload.sha256,
+        created_at=now,
+        expires_at=_expiry(upload.fields, now),
+        status="uploaded" if purpose == CHECKED_PURPOSE else "processed",
+    )

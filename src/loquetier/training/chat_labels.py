@@ -7,6 +7,7 @@ answer's labels are its text and the template's end marker.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loquetier.errors import DataError
@@ -33,9 +34,27 @@ def encode_chat(chat: Chat, tokenizer: Any, max_len: int, number: int) -> tuple[
     last = max(i for i, message in enumerate(chat.messages) if message["role"] == "assistant")
     messages = chat.messages[: last + 1]
     renderer = chat_renderer(tokenizer, messages, chat.tools)
-    whole = renderer.text(messages, False)
-    split = _Split(renderer, whole)
+    split = _Split(renderer, renderer.text(messages, False))
+    spans = _label_spans(chat, messages, renderer, split, max_len, number)
+    tokens = split.tokens
+    learn = [False] * len(tokens)
+    for start, end in spans:
+        end = _answer_end(tokenizer, tokens, start, end)
+        learn[start:end] = [True] * (end - start)
+    return tokens, learn, len(tokens)
+
+
+def _label_spans(
+    chat: Chat,
+    messages: Sequence[Mapping[str, Any]],
+    renderer: ChatRenderer,
+    split: _Split,
+    max_len: int,
+    number: int,
+) -> list[tuple[int, int]]:
+    """First and behind the last token of each answer that is learned, as far as `max_len` reaches."""
     spans: list[tuple[int, int]] = []
+    whole, last = split.text, len(messages) - 1
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -60,12 +79,7 @@ def encode_chat(chat: Chat, tokenizer: Any, max_len: int, number: int) -> tuple[
             spans.append((start, end))
         if end >= max_len:
             break  # each answer costs two renders of all that is before it
-    tokens = split.tokens
-    learn = [False] * len(tokens)
-    for start, end in spans:
-        end = _answer_end(tokenizer, tokens, start, end)
-        learn[start:end] = [True] * (end - start)
-    return tokens, learn, len(tokens)
+    return spans
 
 
 class _Split:
@@ -77,7 +91,7 @@ class _Split:
     """
 
     def __init__(self, renderer: ChatRenderer, text: str) -> None:
-        self._renderer, self._text = renderer, text
+        self._renderer, self.text = renderer, text
         self._start = 0
         self._head: list[int] = []
         """Ids before `_start`, which no later border changes."""
@@ -90,11 +104,11 @@ class _Split:
 
     def tokens_before(self, border: int, at: Place) -> int:
         """How many ids lie before the character `border`. Raises DataError where the text cannot be split."""
-        if border == len(self._text):
+        if border == len(self.text):
             return len(self.tokens)
-        before = self._renderer.ids(self._text[self._start : border])
+        before = self._renderer.ids(self.text[self._start : border])
         if self._tail[: len(before)] != before:
-            rest = self._renderer.ids(self._text[border:])
+            rest = self._renderer.ids(self.text[border:])
             decode = self._renderer.tokenizer.decode
             if decode(before + rest) != decode(self._tail):
                 raise at.error(

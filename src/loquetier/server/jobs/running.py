@@ -7,6 +7,7 @@ import threading
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import structlog
 
@@ -120,13 +121,8 @@ class RunningJobs:
         place = self.store.data_dir.jobs / job_id
         # What a kill has left is older than what this life makes, and so are its numbers.
         num_left = sum(1 for _ in (place / "checkpoints").glob("step-*"))
-
-        def change(c: sqlite3.Connection) -> int:
-            self.store.jobs.update(c, job_id, settings=settings)
-            # Twice: publishes may be made up for. A number that this life gives away is never given to other weights.
-            return self.store.adapters.reserve(c, job.model, num_left + 2 * total_steps(ready, num_examples) + 8)
-
-        first = self.patience.write(change)
+        # Twice: publishes may be made up for. A number that this life gives away is never given to other weights.
+        first = self._reserve(job, settings, num_left + 2 * total_steps(ready, num_examples) + 8)
         last = first + num_left - 1
         self.runtime.port.call(lambda engine: engine.registry.number_after(job.model, last)).result()
         evals = job.validation_file
@@ -154,6 +150,15 @@ class RunningJobs:
         if job.wants_pause:  # told while its file was being looked at
             with suppress(JobStateError):
                 handle.pause()
+
+    def _reserve(self, job: JobRow, settings: dict[str, Any], num_versions: int) -> int:
+        """Note the job's settings and keep numbers for its versions; the first of them."""
+
+        def change(c: sqlite3.Connection) -> int:
+            self.store.jobs.update(c, job.id, settings=settings)
+            return self.store.adapters.reserve(c, job.model, num_versions)
+
+        return self.patience.write(change)
 
     def _recorder(self, job: JobRow, is_restart: bool, numbers: range = range(0)) -> Recorder:
         keeper = Keeper(self.store, self.patience, self.shelf)

@@ -29,13 +29,14 @@ _NAMING = ("running", "waiting", "resident", "pinned")
 def router(services: Services) -> APIRouter:
     """The routes."""
     routes = APIRouter(tags=["adapters"])
-    _change_routes(routes, services)
+    _load_routes(routes, services)
+    _rollback_route(routes, services)
     _pin_routes(routes, services)
     _look_routes(routes, services)
     return routes
 
 
-def _change_routes(routes: APIRouter, services: Services) -> None:
+def _load_routes(routes: APIRouter, services: Services) -> None:
     desk, settings = services.adapters, services.settings
 
     @routes.post(
@@ -69,6 +70,10 @@ def _change_routes(routes: APIRouter, services: Services) -> None:
         freed = await desk.unload(_who(request), body.lora_name)
         text = f"Success: LoRA adapter '{body.lora_name}' removed successfully."
         return PlainTextResponse(text, headers={"x-loquetier-freed-bytes": str(freed)})
+
+
+def _rollback_route(routes: APIRouter, services: Services) -> None:
+    desk, settings = services.adapters, services.settings
 
     @routes.post(
         "/v1/rollback_lora_adapter", dependencies=[need(Scope.ADMIN)], openapi_extra=body_schema(RollbackRequest)
