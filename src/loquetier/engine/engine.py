@@ -137,10 +137,7 @@ class Engine:
         self.allocator = BlockAllocator(num_pages, config.page_size)
         self.scheduler = Scheduler(config, self.allocator, self.max_context)
         head_module = next((t.index for t in base.targets if t.layer is None), None)
-        window = base.sliding_window
-        may_share = window is None or window >= self.max_context
-        if config.prefix_cache and not may_share:
-            log.info("no prefix cache on %s: its attention has a sliding window of %d tokens", base.name, window)
+        may_share = _may_share(base, config, self.max_context)
         self.serving = Serving(base, self.scheduler, self.residency, self.max_context, head_module, may_share)
         self.trainer = Trainer(base, self.arena, head_module)
         self.adapters = AdapterShelf(self.arena, self.registry, self.residency, lora_only=config.serve_only)
@@ -357,6 +354,15 @@ def _residency(base: Base, config: EngineConfig, arena: Arena, registry: Adapter
     patience, host_bytes = config.adapter_patience, config.host_adapter_memory or 0
     files = VersionFiles(arena, registry, packer, Inline(), spill)
     return Residency(arena, registry, files, patience=patience, host_bytes=host_bytes)
+
+
+def _may_share(base: Base, config: EngineConfig, max_context: int) -> bool:
+    """Whether sequences may share KV pages; they may not where a sliding window lets go of some."""
+    window = base.sliding_window
+    may_share = window is None or window >= max_context
+    if config.prefix_cache and not may_share:
+        log.info("no prefix cache on %s: its attention has a sliding window of %d tokens", base.name, window)
+    return may_share
 
 
 def _num_pages(base: Base, config: EngineConfig, kv_memory: int, max_context: int) -> int:
