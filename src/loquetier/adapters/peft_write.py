@@ -125,7 +125,7 @@ def new_directory(directory: Path, overwrite: bool) -> Iterator[Path]:
         OSError: the disk is full or not writable; `directory` is as it was.
     """
     directory = Path(os.path.abspath(directory))
-    _check_place(directory, overwrite)
+    check_place(directory, overwrite)
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = directory.with_name(f".{directory.name}.tmp-{secrets.token_hex(8)}")
     temporary.mkdir()
@@ -138,7 +138,7 @@ def new_directory(directory: Path, overwrite: bool) -> Iterator[Path]:
         raise
 
 
-def _check_place(directory: Path, overwrite: bool) -> None:
+def check_place(directory: Path, overwrite: bool) -> None:
     """Whether an adapter may be written there. Raises AdapterExistsError."""
     if not os.path.lexists(directory):
         return
