@@ -65,6 +65,11 @@ class Batch:
     prompt_chunks: tuple[tuple[PrefillChunk, int], ...]
     """Chunks whose every row's logits are wanted, with their first row."""
 
+    def sampled_of(self, hidden_MD: Tensor) -> Tensor:
+        """The rows of `sampled` ``[N, D]``; no copy when those are all, as in steps that only decode."""
+        is_all = len(self.sample_rows) == len(hidden_MD)  # they ascend
+        return hidden_MD if is_all else hidden_MD.index_select(0, self.sample_rows_N)
+
 
 @dataclass(frozen=True, slots=True)
 class PendingTokens:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Protocol
 
 from tokenizers import decoders
@@ -90,7 +91,7 @@ def token_bytes(tokenizer: Any, token_id: int) -> bytes:
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and isinstance(backend.decoder, decoders.ByteLevel):
-        return _ByteLevel(backend, skip_special_tokens=False).raw(token_id)
+        return _raw(backend, token_id, False)
     piece = tokenizer.convert_ids_to_tokens(token_id) or ""
     if _BYTE_TOKEN.fullmatch(piece):
         return bytes([int(piece[3:5], 16)])
@@ -107,22 +108,24 @@ class _ByteLevel:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        return self._utf8.decode(self.raw(token_id))
+        return self._utf8.decode(_raw(self._backend, token_id, self._skip_special_tokens))
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)
 
-    def raw(self, token_id: int) -> bytes:
-        """The token's bytes, which alone may be no UTF-8."""
-        token = self._backend.id_to_token(token_id)
-        if not token:
-            return b""
-        # Alone, only a skipped special token decodes to nothing.
-        if self._skip_special_tokens and not self._backend.decode([token_id], skip_special_tokens=True):
-            return b""
-        values = [_BYTE_OF.get(char) for char in token]
-        # An added token may hold characters outside the alphabet; the decoder then takes all of it as plain text.
-        return token.encode() if None in values else bytes(v for v in values if v is not None)
+
+@lru_cache(maxsize=1 << 16)  # 16 tokens a step, 9 us each: 1 % of a step on a CPU
+def _raw(backend: Any, token_id: int, skip_special_tokens: bool) -> bytes:
+    """A byte-level token's bytes, which alone may be no UTF-8."""
+    token = backend.id_to_token(token_id)
+    if not token:
+        return b""
+    # Alone, only a skipped special token decodes to nothing.
+    if skip_special_tokens and not backend.decode([token_id], skip_special_tokens=True):
+        return b""
+    values = [_BYTE_OF.get(char) for char in token]
+    # An added token may hold characters outside the alphabet; the decoder then takes all of it as plain text.
+    return token.encode() if None in values else bytes(v for v in values if v is not None)
 
 
 def _common_length(a: str, b: str) -> int:

@@ -85,11 +85,17 @@ class SamplerState:
         if self.constraint is not None:
             self.constraint.observe(token_id)
 
+    @property
+    def counts(self) -> bool:
+        """Whether the tokens generated so far change the next one's logits."""
+        return self.output_counts_V is not None
+
     def count(self, token_1: Tensor) -> None:
         """Count a generated token (int64 ``[1]``) where it lies, so that the next step can run before the host knows
-        it. Call it once per token that is sampled."""
-        if self.output_counts_V is not None:
-            self.output_counts_V.index_add_(0, token_1, torch.ones_like(token_1, dtype=torch.int32))
+        it. Call it once per token that is sampled; needless where nothing `counts`."""
+        if self.output_counts_V is None:
+            return
+        self.output_counts_V.index_add_(0, token_1, torch.ones_like(token_1, dtype=torch.int32))
 
     @property
     def needs_host(self) -> bool:

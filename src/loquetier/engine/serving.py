@@ -169,11 +169,12 @@ class Serving:
             if not batch.sampled:
                 return None
             step = head_step(batch.step, batch.sample_rows, self.head_module, with_grad=False)
-            logits_NV = self.base.logits(hidden_MD.index_select(0, batch.sample_rows_N), step)
+            logits_NV = self.base.logits(batch.sampled_of(hidden_MD), step)
             states = [self.choices[seq.seq_id].sampler for seq in batch.sampled]
             tokens = sample_on_device(logits_NV, states, [seq.num_sampled for seq in batch.sampled])
             for i, state in enumerate(states):
-                state.count(tokens.ids_N[i : i + 1])
+                if state.counts:
+                    state.count(tokens.ids_N[i : i + 1])
             return tokens
 
     @staticmethod
