@@ -1,4 +1,7 @@
 /* The library's only state: which thread pool, which ISA variant. Set once by lq_init, before any kernel runs. */
+#if defined(__linux__)
+#define _GNU_SOURCE /* sched_getcpu; before any header, or it has no effect */
+#endif
 #include "loquetier.h"
 
 #ifndef LQ_SOURCE_HASH
@@ -6,7 +9,6 @@
 #endif
 
 #if defined(__linux__)
-#define _GNU_SOURCE
 #include <linux/futex.h>
 #include <sched.h>
 #include <sys/syscall.h>
