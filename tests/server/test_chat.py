@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 from tests.server.fixtures import BASE, base_dir, live, runtime
-from tests.server.live import Live, error_of
+from tests.server.live import Live, error_of, serving
 
 from loquetier.config import SamplingParams
+from loquetier.runtime import Runtime
 
 __all__ = ["base_dir", "live", "runtime"]
 
@@ -82,6 +83,20 @@ def test_usage_in_a_stream(live: Live, continuous: bool) -> None:
     assert last["choices"] == [] and last["usage"]["completion_tokens"] == 24
     assert last["usage"]["total_tokens"] == last["usage"]["prompt_tokens"] + 24
     assert all((chunk["usage"] is not None) == continuous for chunk in chunks)
+
+
+def test_continuous_usage_counts_what_was_told_before_too(runtime: Runtime) -> None:
+    """Several tokens come in one piece of the stream; each has its own chunk, which knows nothing of the next one."""
+    wanted = {"return_token_ids": True, "stream": True, "n": 2, "max_tokens": 20, "ignore_eos": True}
+    usage = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    with serving(runtime, stream_interval=1.0) as live:
+        chunks = events_of(live.post("/v1/completions", {"model": BASE, "prompt": "abc"} | wanted | usage).text)
+    assert chunks.pop()["usage"]["completion_tokens"] == 40
+    told = 0
+    for chunk in chunks:
+        told += len(chunk["choices"][0]["token_ids"])
+        assert chunk["usage"]["completion_tokens"] == told
+    assert told == 40
 
 
 def test_usage_is_absent_unless_asked_for(live: Live) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from loquetier.engine.request import TokenEvent
 from loquetier.server.inbox import Inbox
-from loquetier.server.pieces import LONGEST_INTERVAL, joined, stream_interval
+from loquetier.server.pieces import LONGEST_INTERVAL, Part, apart, joined, stream_interval
 
 FOREVER = 3600.0
 """Longer than any test: a group that waits for its interval's end would never come."""
@@ -138,7 +138,9 @@ def test_joining_keeps_each_choice_s_text_and_log_probabilities(events: list[tup
     found = joined(events)
     for key in {(p, e.index) for p, e in events}:
         before = [e for p, e in events if (p, e.index) == key]
-        after = [e for p, e in found if (p, e.index) == key]
+        parts = [part for part in found if (part.prompt, part.event.index) == key]
+        after = [part.event for part in parts]
+        assert sum(part.num_tokens for part in parts) == len(before)
         assert "".join(e.text for e in after) == "".join(e.text for e in before)
         assert [e.logprob for e in after if e.logprob is not None] == [
             e.logprob for e in before if e.logprob is not None
@@ -149,4 +151,12 @@ def test_joining_keeps_each_choice_s_text_and_log_probabilities(events: list[tup
 
 def test_the_last_event_ends_the_piece() -> None:
     first, last = TokenEvent(0, 5, "a"), TokenEvent(0, 6, "b", finish_reason="stop", stop_reason="END")
-    assert joined([(0, first), (0, last)]) == [(0, TokenEvent(0, 6, "ab", finish_reason="stop", stop_reason="END"))]
+    assert joined([(0, first), (0, last)]) == [
+        Part(0, TokenEvent(0, 6, "ab", finish_reason="stop", stop_reason="END"), num_tokens=2)
+    ]
+
+
+def test_an_end_without_a_token_is_none() -> None:
+    events = [(1, TokenEvent(0, 5, "a")), (1, TokenEvent(0, None, "", finish_reason="abort"))]
+    assert [part.num_tokens for part in apart(events)] == [1, 0]
+    assert [part.num_tokens for part in joined(events)] == [1]

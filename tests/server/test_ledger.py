@@ -161,6 +161,18 @@ def test_what_the_engine_refuses_leaves_no_row_and_no_file(base_dir: Path, root:
         assert tuning is not None and [row.name for row in tuning.store.adapters.all()] == ["a0"]
 
 
+def test_the_bases_name_never_gets_a_row(
+    base_dir: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even until the engine refuses it: the base would be its owner's, and a 404 for all others, meanwhile."""
+    noted: list[Any] = []
+    monkeypatch.setattr(AdapterLedger, "_note", lambda *args: noted.append(args))
+    with up(base_dir, tmp_path / "data", root) as live:
+        refused = live.post(LOAD, {"lora_name": BASE, "lora_path": "0"})
+        assert refused.status_code == 400 and "the base's name" in error_of(refused)["message"]
+        assert not noted and say(live, BASE, "bob-key")[0] == 200
+
+
 def test_a_damaged_one_is_told_and_the_others_answer(
     base_dir: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -238,6 +250,24 @@ def test_files_stay_until_the_last_request_has_left(
         wait_until(lambda: not list((tmp_path / "data" / "adapters").iterdir()), "its files are gone")
         load(live, "a0", "1")
         assert say(live, "a0") != before
+
+
+def test_a_version_that_only_requests_hold_is_not_rolled_back_to(base_dir: Path, root: Path, tmp_path: Path) -> None:
+    """Its rows have gone: another version would answer after a restart."""
+    back = "/v1/rollback_lora_adapter"
+    with up(base_dir, tmp_path / "data", root) as live:
+        load(live, "a0", "0")
+        held = live.runtime.port.call(lambda engine: engine.registry.acquire("a0")).result()
+        for seed in (1, 2, 3):
+            load(live, "a0", str(seed), load_inplace=True)
+        newest = say(live, "a0")
+        assert live.runtime.port.find("a0@1") is held
+        refused = live.post(back, {"lora_name": "a0", "version": 1})
+        assert refused.status_code == 404 and "load it again" in error_of(refused)["message"]
+        assert say(live, "a0") == newest
+        live.runtime.port.call(lambda engine: engine.registry.release(held)).result()
+        assert live.post(back, {"lora_name": "a0", "version": 2}).status_code == 200
+        wait_until(lambda: len(list((tmp_path / "data" / "adapters").iterdir())) == 3, "its files are gone")
 
 
 def test_so_do_those_of_a_jobs_model(base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from loquetier.engine.engine import Engine
 from loquetier.engine.tally import Tally
 from loquetier.runtime import Runtime
 from loquetier.server.engine_metrics import OTHER, EngineCollector
+from loquetier.server.metrics import RequestTimes
 from loquetier.server.watch import Pulse, _pulse
 
 __all__ = ["base_dir", "runtime"]
@@ -99,6 +100,17 @@ def test_times_of_a_request_add_up(live: Live) -> None:
     assert prefill + decode == pytest.approx(inference, abs=1e-9) and queue + inference <= total + 1e-9
     tokens = ("vllm:request_params_max_tokens_sum", "math")
     assert after[tokens] - before.get(tokens, 0.0) == 9
+
+
+def test_choices_that_share_their_steps_are_no_faster() -> None:
+    """Two answers, a token each at 1, 2 and 4 s."""
+    times = RequestTimes(lambda: 0.0)
+    assert times.per_token is None
+    for now in (1.0, 2.0, 4.0):
+        for index in (0, 1):
+            times.token(now, (0, index))
+    assert times.gaps == [1.0, 1.0, 2.0, 2.0] and times.per_token == 1.5
+    assert (times.first, times.last) == (1.0, 4.0)
 
 
 def test_jobs_and_publishes_are_counted(live: Live) -> None:

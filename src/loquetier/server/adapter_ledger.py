@@ -106,6 +106,8 @@ class AdapterLedger:
 
     def _may_load(self, name: str) -> AdapterRow | None:
         """The row that is there already. Raises AdapterExistsError."""
+        if name == self.runtime.base_name:  # before there is a row of it: the base would be one owner's meanwhile
+            raise AdapterExistsError(f"{name!r} is the base's name; choose another for the adapter")
         adapters = self.store.adapters
         maker = adapters.find(name.partition(":ckpt-step-")[0])  # checkpoints take their names when they are made
         if maker is not None and maker.job_id is not None:
@@ -192,10 +194,18 @@ class AdapterLedger:
             return freed
 
     def rollback(self, name: str, number: int) -> AdapterInfo:
-        """Have another version answer; also after a restart, if it is on the disk."""
+        """Have another version answer; also after a restart, if it is on the disk.
+
+        Raises AdapterNotFoundError, also for a version of a loaded adapter that is there for requests under way only:
+        its files go with them.
+        """
         with self._changing:
+            adapters, known = self.store.adapters, self.store.adapters.find(name)
+            is_kept = adapters.version(name, number) is not None
+            if known is not None and known.source == "loaded" and not is_kept:
+                raise AdapterNotFoundError(f"version {number} of {name!r} is not kept (any more); load it again")
             info = self.runtime.rollback(name, number)
-            if self.store.adapters.version(name, number) is not None:
+            if is_kept:
                 with self.store.write() as c:
                     self.store.adapters.set_live(c, name, number)
             return info

@@ -15,7 +15,7 @@ from loquetier.engine.request import TokenEvent
 from loquetier.generation import Collector, Completion
 from loquetier.server.auth import Principal, Scope
 from loquetier.server.orders import Order
-from loquetier.server.pieces import joined
+from loquetier.server.pieces import apart, joined
 from loquetier.server.problems import ApiError, bad
 from loquetier.server.running import Running, running
 from loquetier.server.services import Services
@@ -123,18 +123,17 @@ async def _start_stream(
 async def _stream(services: Services, seen: Observation, run: Running, shape: Shape) -> AsyncGenerator[bytes, None]:
     options, failure = seen.order.streaming, None
     assert options is not None
-    reason = "abort"
+    reason, told = "abort", 0
     try:
         async for batch in run.batches():
             out: list[bytes] = []
-            for index, event in batch if seen.order.return_token_ids else joined(batch):
-                for chunk in shape.chunks(index, event):
+            for part in apart(batch) if seen.order.return_token_ids else joined(batch):
+                told += part.num_tokens
+                for chunk in shape.chunks(part.prompt, part.event):
                     if options.usage:
-                        chunk["usage"] = (
-                            usage(shape, run.completion_tokens, run.cached_tokens) if options.continuous else None
-                        )
+                        chunk["usage"] = usage(shape, told, run.cached_tokens) if options.continuous else None
                     out.append(encode(chunk))
-                reason = event.finish_reason or reason
+                reason = part.event.finish_reason or reason
             if out:
                 yield b"".join(out)
         if options.usage:

@@ -28,18 +28,25 @@ class RequestTimes:
     queued: float | None = None
     """Seconds until the engine computed the first rows."""
     gaps: list[float] = field(default_factory=list)
-    """Between tokens, since they were last collected."""
+    """Between two tokens of one choice."""
+    _latest: dict[tuple[int, int], float] = field(default_factory=dict)
+    """When the last token of each choice came."""
 
     def __post_init__(self) -> None:
         self.began = self.clock()
 
-    def token(self, now: float) -> None:
-        """A token came at `now`, by the same clock."""
+    def token(self, now: float, choice: tuple[int, int]) -> None:
+        """A token of a choice (its prompt, its index) came at `now`, by the same clock."""
         if self.first is None:
             self.first = now
-        elif self.last is not None:
-            self.gaps.append(now - self.last)
-        self.last = now
+        if choice in self._latest:
+            self.gaps.append(now - self._latest[choice])
+        self.last = self._latest[choice] = now
+
+    @property
+    def per_token(self) -> float | None:
+        """Mean seconds of a choice's further tokens; choices that share their steps do not make them faster."""
+        return sum(self.gaps) / len(self.gaps) if self.gaps else None
 
 
 class Metrics:
@@ -67,8 +74,8 @@ class Metrics:
             ]
         for name, text, buckets in (
             ("time_to_first_token_seconds", "From admission to the first token.", _SECONDS),
-            ("inter_token_latency_seconds", "Between two tokens of a request.", _SECONDS),
-            ("request_time_per_output_token_seconds", "Mean over a request's further tokens.", _SECONDS),
+            ("inter_token_latency_seconds", "Between two tokens of an answer.", _SECONDS),
+            ("request_time_per_output_token_seconds", "Mean over its answers' further tokens.", _SECONDS),
             ("e2e_request_latency_seconds", "From admission to the last token.", _SECONDS),
             ("request_prompt_tokens", "Prompt tokens per request.", _TOKENS),
             ("request_generation_tokens", "Generated tokens per request.", _TOKENS),
@@ -174,8 +181,7 @@ class Metrics:
         for gap in times.gaps:
             self._observe("inter_token_latency_seconds", gap, label)
         self._goal("ttft", self._settings.slo_ttft, times.first - times.began)
-        if times.gaps:
-            per_token = (times.last - times.first) / len(times.gaps)
+        if (per_token := times.per_token) is not None:
             self._observe("request_time_per_output_token_seconds", per_token, label)
             self._goal("tpot", self._settings.slo_tpot, per_token)
 

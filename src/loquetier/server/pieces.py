@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from loquetier.engine.request import TokenEvent
 
@@ -31,19 +31,35 @@ def stream_interval(setting: float | None, num_streams: int) -> float:
     return min(LONGEST_INTERVAL, num_streams * SECONDS_PER_STREAM) if num_streams > FEW_STREAMS else 0.0
 
 
-def joined(events: Iterable[Event]) -> list[Event]:
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a client is told at once of one choice."""
+
+    prompt: int
+    event: TokenEvent
+    num_tokens: int
+    """Generated tokens that it stands for."""
+
+
+def joined(events: Iterable[Event]) -> list[Part]:
     """Events of one piece with the text of each choice together; those with log-probabilities stay apart."""
-    found: list[Event] = []
+    found: list[Part] = []
     last: dict[tuple[int, int], int] = {}
-    for prompt, event in events:
-        key = (prompt, event.index)
+    for part in apart(events):
+        key = (part.prompt, part.event.index)
         at = last.get(key)
-        if at is not None and _is_text(event) and _is_text(found[at][1]):
-            found[at] = (prompt, replace(event, text=found[at][1].text + event.text))
+        if at is not None and _is_text(part.event) and _is_text(found[at].event):
+            both = replace(part.event, text=found[at].event.text + part.event.text)
+            found[at] = Part(part.prompt, both, found[at].num_tokens + part.num_tokens)
             continue
         last[key] = len(found)
-        found.append((prompt, event))
+        found.append(part)
     return found
+
+
+def apart(events: Iterable[Event]) -> list[Part]:
+    """Each event on its own, for clients who want to see every token."""
+    return [Part(prompt, event, int(event.token_id is not None)) for prompt, event in events]
 
 
 def _is_text(event: TokenEvent) -> bool:

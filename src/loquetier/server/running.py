@@ -71,14 +71,14 @@ class Running:
         if waiting > MAX_PENDING_EVENTS:
             self.abort()
 
-    def _take(self, at: float, event: TokenEvent) -> None:
+    def _take(self, at: float, prompt: int, event: TokenEvent) -> None:
         if event.token_id is not None:
             if not self.completion_tokens:
                 self._services.admission.started(self._waiting)
             self.completion_tokens += 1
             if self.times.first is None:
                 self.times.queued = event.queue_seconds
-            self.times.token(at)
+            self.times.token(at, (prompt, event.index))
         if event.index == 0:
             self.cached_tokens += event.cached_tokens
         if event.finish_reason is not None:
@@ -92,16 +92,16 @@ class Running:
         """
         while self.num_open > 0:
             batch = await self._inbox.take()
-            for at, (_, event) in batch:
-                self._take(at, event)
+            for at, (prompt, event) in batch:
+                self._take(at, prompt, event)
             for _, (_, event) in batch:
                 self._check(event)
             yield [event for _, event in batch]
 
     def settle(self) -> None:
         """Count what nobody took: the books of a client that has left are right too."""
-        for at, (_, event) in self._inbox.take_now():
-            self._take(at, event)
+        for at, (prompt, event) in self._inbox.take_now():
+            self._take(at, prompt, event)
 
     def _check(self, event: TokenEvent) -> None:
         if event.error is not None:

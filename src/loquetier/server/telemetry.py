@@ -158,9 +158,8 @@ class Telemetry:
         if times is None or times.first is None or times.last is None or outcome.error_type is not None:
             return
         found["gen_ai.server.time_to_first_token"].record(times.first - times.began, known)
-        if outcome.output_tokens > 1:
-            mean = (times.last - times.first) / (outcome.output_tokens - 1)
-            found["gen_ai.server.time_per_output_token"].record(mean, known)
+        if times.per_token is not None:
+            found["gen_ai.server.time_per_output_token"].record(times.per_token, known)
         for kind, count in (("input", outcome.input_tokens), ("output", outcome.output_tokens)):
             found["gen_ai.client.token.usage"].record(count, known | {"gen_ai.token.type": kind})
 
