@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.parity.helpers import (
     BASE_NAME,
     FP32_TOLERANCE,
@@ -84,6 +85,26 @@ def test_an_adapter_beside_long_neighbours_equals_itself_alone(new_engine: Engin
     assert answers[0].tokens() == answers[1].tokens()
     (_, one), (_, other) = (record.results()[0] for record in records)
     assert max_error(one, other) <= FP32_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "is_plain"),
+    [
+        ("llama", {}, True),
+        ("gemma2", {"final_logit_softcapping": None}, True),
+        ("gemma2", {"final_logit_softcapping": 30.0}, False),
+        ("granite", {"logits_scaling": 8.0}, False),
+        ("granite", {"logits_scaling": 1.0}, True),
+    ],
+)
+def test_what_a_head_does_beside_its_gemm_is_not_lost(
+    family: str, changes: dict[str, Any], is_plain: bool, new_engine: EngineFactory
+) -> None:
+    """Small output weights: a softcap of 30 leaves the logits of ordinary rows as they are in bfloat16."""
+    model = tiny_model(family, tie_word_embeddings=False, **changes)
+    model.lm_head.weight.data.mul_(0.01)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert (new_engine(model.to(dtype)).base._output is not None) == is_plain
 
 
 @pytest.mark.parametrize("kind", REFUSED)

@@ -87,7 +87,7 @@ class StackDeltas:
         dtype = dtypes.pop() if dtypes else torch.float32
         assert dtype is not None
         bounds_S2 = np.array([(s.start, s.stop) for s in live], np.int64).reshape(-1, 2)
-        ranks_MS = np.array([slot.ranks for slot in known], np.int64).reshape(len(live), -1).T
+        ranks_MS = np.array([slot.ranks for slot in known], np.int64).reshape(len(live), len(self._sites)).T
         if self._is_for_torch(ranks_MS, bounds_S2[:, 1] - bounds_S2[:, 0]):
             return StackCut(None)
         table_E7, scales_E = _entries(known, ranks_MS, bounds_S2)
