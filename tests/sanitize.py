@@ -27,6 +27,7 @@ TESTS = (
     "test_native_loss.py",
     "../parity/test_deferred_rotary.py",  # KV write outside of the stack
     "../parity/test_fused_stack.py",  # the decoder stack as one call, adapters and teams of threads included
+    "../parity/test_stack_segments.py",  # and layouts of segments that end at the borders of its tiles
 )
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
 

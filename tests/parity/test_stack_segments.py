@@ -190,10 +190,12 @@ def test_weights_that_c_cannot_read(new_engine: EngineFactory) -> None:
     factors[1] = {module: Factors(a_RK.bfloat16(), b_RN.bfloat16(), scale)}
     factors[2] = {module: Factors(torch.ones(a_RK.shape[1], 2).T[:1], b_RN, scale)}
     factors[3] = {}
-    assert not factors[2][module].a_RK.is_contiguous()
-    rows = [Segment(slot, slot, slot + 1) for slot in range(4)]
+    factors[4] = {module: Factors(a_RK, torch.ones(b_RN.shape[1], 2).T[:1], scale)}
+    assert not (factors[2][module].a_RK.is_contiguous() or factors[4][module].b_RN.is_contiguous())
+    rows = [Segment(slot, slot, slot + 1) for slot in range(5)]
     assert deltas.cut((rows[0], rows[1]), factors).pieces is None
     assert deltas.cut((rows[0], rows[2]), factors).pieces is None
+    assert deltas.cut((rows[4],), factors).pieces is None
     for slots in ((0,), (1,), (0, 3), (1, 3)):
         assert deltas.cut([rows[i] for i in slots], factors).pieces is not None
     nothing = deltas.cut((rows[3],), factors).pieces

@@ -53,6 +53,35 @@ def test_an_urgent_item_that_came_before_the_pause_is_not_held() -> None:
     run(work)
 
 
+def test_after_an_urgent_item_the_next_ones_gather_again() -> None:
+    async def work() -> None:
+        inbox: Inbox[int] = Inbox(lambda: FOREVER)
+        inbox.put(1, urgent=True)
+        assert await inbox.take() == [1]
+        await asyncio.sleep(0)  # its wake-up is over
+        inbox.put(2)
+        taking = asyncio.create_task(inbox.take())
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not taking.done(), "its interval is not over"
+        inbox.put(3, urgent=True)
+        assert await taking == [2, 3]
+
+    run(work)
+
+
+def test_the_first_item_is_taken_at_once_on_a_clock_that_has_just_started() -> None:
+    async def work() -> None:
+        asyncio.get_running_loop().time = lambda: 0.5  # type: ignore[method-assign]
+        inbox: Inbox[int] = Inbox(lambda: FOREVER)
+        inbox.put(1)
+        taking = asyncio.create_task(inbox.take())
+        await asyncio.sleep(0)
+        assert taking.done() and await taking == [1]
+
+    asyncio.run(work())
+
+
 def test_an_interval_ends() -> None:
     async def work() -> None:
         inbox: Inbox[int] = Inbox(lambda: 0.02)

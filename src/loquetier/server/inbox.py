@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -23,7 +24,7 @@ class Inbox(Generic[T]):
         self._items: deque[T] = deque()  # append and popleft are atomic
         self._wake = asyncio.Event()
         self._is_awaited = self._is_urgent = False
-        self._last = 0.0
+        self._last = -math.inf  # not 0: the clock of a machine that has just started is less than an interval
         """When the last group was taken."""
 
     def put(self, item: T, *, urgent: bool = False) -> int:
