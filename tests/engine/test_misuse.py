@@ -169,14 +169,12 @@ def test_leaving_an_async_stream_early_frees_its_pages(runtime: Runtime) -> None
 def test_a_job_whose_moments_find_no_memory_gives_its_slot_back(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import loquetier.engine.jobs as jobs
-
     def no_memory(*_: object) -> None:
         raise RuntimeError("not enough memory: you tried to allocate 1 bytes")
 
     free = runtime.stats().arena_bytes_free
     with monkeypatch.context() as patch:
-        patch.setattr(jobs, "AdapterOptimizer", no_memory)
+        patch.setattr("loquetier.engine.entry.AdapterOptimizer", no_memory)
         with pytest.raises(RuntimeError, match="not enough memory"):
             runtime.finetune("f", DATA)
     assert runtime.stats().arena_bytes_free == free

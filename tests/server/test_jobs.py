@@ -460,6 +460,17 @@ def test_owners_scopes_and_limits(live: Live, client: openai.OpenAI, file: FileO
     assert second.status_code == 429 and second.headers["x-should-retry"] == "false"
 
 
+def test_a_model_is_as_old_as_its_job(
+    live: Live, client: openai.OpenAI, file: FileObject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not as the server, and no other after a restart."""
+    monkeypatch.setattr(live.services.models, "started", 0)
+    made = create(client, file, BASE, QUICK)
+    model = wait_for(live, made.id, "succeeded")["fine_tuned_model"]
+    row = live.services.tuning and live.services.tuning.store.adapters.find(model)
+    assert row and client.models.retrieve(model).created == row.created_at >= made.created_at
+
+
 def test_a_model_is_deleted(live: Live, client: openai.OpenAI, file: FileObject) -> None:
     made = create(client, file, BASE, QUICK)
     model = wait_for(live, made.id, "succeeded")["fine_tuned_model"]

@@ -116,12 +116,20 @@ class ModelBook:
         base = [self.card(None)] if who.may_use(self.port.base_name) else []
         return [*base, *(self.card(v) for v in self._seen(who))]
 
+    def _noted(self, name: str) -> tuple[str, int]:
+        """Of a model that nobody loaded: what its row says (a job's), or the server's own start (--adapter)."""
+        row = None if self.durable is None else self.durable.find(name)
+        if row is None:
+            return name, self.started
+        self.roots[name] = row.root, row.created_at  # once a name, not once a listing
+        return self.roots[name]
+
     def card(self, version: AdapterVersion | None, asked: str | None = None) -> dict[str, Any]:
         """A model object as vLLM shows it; `asked` is the id that the client used."""
         base = self.port.base_name
         root, created = self.base_root, self.started
         if version is not None:
-            root, created = self.roots.get(version.name, (version.name, self.started))
+            root, created = self.roots.get(version.name) or self._noted(version.name)
         return {
             "id": asked or (base if version is None else version.name),
             "object": "model",
