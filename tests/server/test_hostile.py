@@ -190,6 +190,12 @@ def test_row_14_stop(live: Live, stop: Any) -> None:
     refused(live, TEXT, "stop", stop=stop)
 
 
+def test_row_14_a_list_is_judged_as_a_list(live: Live) -> None:
+    """`stop` may be a string or a list: the complaint is about what was sent, not about the other form."""
+    assert "at least 1 character" in refused(live, CHAT, "stop[1]", stop=["a", ""])["message"]
+    assert "at most 4 items" in refused(live, CHAT, "stop", stop=["a"] * 5)["message"]
+
+
 @pytest.mark.parametrize(
     "bias",
     [{str(i): 1 for i in range(100_000)}, {"260": 1}, {"-1": 1}, {"5": 1e9}, {"abc": 1}, {"5": "x"}, {"٣": 1}, [1]],

@@ -109,7 +109,9 @@ def test_a_taken_port_is_told_in_one_line(base_dir: Path, capsys: pytest.Capture
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        assert "cannot listen" in failure(capsys, str(base_dir), "--port", str(taken.getsockname()[1]))
+        told = failure(capsys, str(base_dir), "--port", str(taken.getsockname()[1]))
+        assert "cannot listen" in told
+        assert "another --port" in told
 
 
 def test_answers_do_not_wait_for_delayed_acknowledgements() -> None:

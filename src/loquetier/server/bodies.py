@@ -8,6 +8,7 @@ from typing import Any, TypeVar, get_args
 
 import msgspec
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 from starlette.requests import ClientDisconnect, Request
 
 from loquetier.server.problems import ApiError, bad, too_slow
@@ -97,6 +98,7 @@ def from_validation(error: ValidationError, kind: type[BaseModel]) -> ApiError:
     problems = error.errors(include_url=False, include_input=False)
     # Of a union ("auto" or a number) every member complains: the last one is the most general.
     first = next((p for p in problems if p["type"] != "literal_error"), problems[0])
+    first = _of_its_kind(first, problems)
     param = ""
     for part in first["loc"]:
         if isinstance(part, int):
@@ -107,6 +109,15 @@ def from_validation(error: ValidationError, kind: type[BaseModel]) -> ApiError:
     if first["type"] == "extra_forbidden":
         message = f"there is no such setting; there are {', '.join(_fields(kind, first['loc'][:-1]))}"
     return bad(f"{param or 'body'}: {message}"[:1000], param[:120] or None, "invalid_value")
+
+
+def _of_its_kind(first: ErrorDetails, problems: list[ErrorDetails]) -> ErrorDetails:
+    """Of a union ("a" or ["a"]) the complaint of the member that the value is one of, where there is such a member."""
+    place = first["loc"][:-1]
+    if not first["type"].endswith("_type") or first["loc"][-1] not in _UNION_TAGS:
+        return first
+    others = (p for p in problems if p["loc"][: len(place)] == place and not p["type"].endswith("_type"))
+    return next(others, first)
 
 
 def _fields(kind: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:

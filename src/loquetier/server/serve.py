@@ -60,7 +60,8 @@ def open_socket(settings: ServerSettings) -> socket.socket:
         found.listen(2048)
     except OSError as error:
         found.close()
-        raise ConfigError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from error
+        problem = f"cannot listen on {settings.host}:{settings.port}: {error.strerror}"
+        raise ConfigError(f"{problem}; give another --port (0 takes a free one) or --host") from error
     return found
 
 
