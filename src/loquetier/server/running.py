@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from itertools import takewhile
+from typing import NoReturn
 
 from loquetier.engine.prefix import CacheSpace
 from loquetier.engine.request import TokenEvent
@@ -94,24 +96,25 @@ class Running:
             batch = await self._inbox.take()
             for at, (prompt, event) in batch:
                 self._take(at, prompt, event)
-            for _, (_, event) in batch:
-                self._check(event)
-            yield [event for _, event in batch]
+            events = [event for _, event in batch]
+            good = list(takewhile(lambda e: not _is_failure(e[1]), events))
+            if good:  # what came before a failure is told before it
+                yield good
+            if len(good) < len(events):
+                self._fail(events[len(good)][1])
 
     def settle(self) -> None:
         """Count what nobody took: the books of a client that has left are right too."""
         for at, (prompt, event) in self._inbox.take_now():
             self._take(at, prompt, event)
 
-    def _check(self, event: TokenEvent) -> None:
-        if event.error is not None:
-            self._has_failed = True
-            self.abort()
-            self._count_failure(event.error)
-            raise from_error(event.error, self._order.model) from event.error
-        if event.finish_reason == "abort":
-            self.abort()
+    def _fail(self, event: TokenEvent) -> NoReturn:
+        self.abort()
+        if event.error is None:
             raise overloaded("the request was aborted by the server", code="request_aborted")
+        self._has_failed = True
+        self._count_failure(event.error)
+        raise from_error(event.error, self._order.model) from event.error
 
     def _count_failure(self, error: LoquetierError) -> None:
         """Only what the adapter may be the cause of: not the base, an end of the engine, or a client's own grammar.
@@ -136,6 +139,10 @@ class Running:
         elif not self._has_failed:
             self._services.quarantine.worked(self.label)
         self._services.limiter.charge_tokens(self._who, self.completion_tokens)
+
+
+def _is_failure(event: TokenEvent) -> bool:
+    return event.error is not None or event.finish_reason == "abort"
 
 
 @asynccontextmanager
