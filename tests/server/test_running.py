@@ -43,7 +43,7 @@ class SaidPort:
         self.aborted += 1
 
 
-async def begun(port: SaidPort) -> Running:
+async def begun(port: SaidPort, worked: Callable[[str], None] = lambda label: None) -> Running:
     def nothing(*_: Any) -> None:
         return None
 
@@ -52,7 +52,7 @@ async def begun(port: SaidPort) -> Running:
         settings=ServerSettings(stream_interval=1.0),
         port=port,
         open_runs=set(),
-        quarantine=SimpleNamespace(check=nothing, failed=nothing, worked=nothing),
+        quarantine=SimpleNamespace(check=nothing, failed=nothing, worked=worked),
         admission=SimpleNamespace(started=nothing),
         limiter=SimpleNamespace(charge_tokens=nothing),
     )
@@ -77,6 +77,20 @@ def test_text_before_a_failure_is_told_before_it() -> None:
             async for batch in run.batches():
                 told += [event.text for _, event in batch]
         assert told == ["a", "b"] and run.completion_tokens == 2
+
+    asyncio.run(asyncio.wait_for(work(), DEADLINE))
+
+
+def test_a_client_that_leaves_before_the_failure_does_not_clear_the_adapter() -> None:
+    async def work() -> None:
+        port, worked = SaidPort(), []
+        run = await begun(port, worked.append)
+        port.sink(0, TokenEvent(0, 5, "a"))
+        port.sink(0, TokenEvent(0, None, "", finish_reason="error", error=EngineError("broken")))
+        batches = run.batches()
+        assert [event.text for _, event in await anext(batches)] == ["a"]
+        run.close()
+        assert worked == [], "it failed, told or not"
 
     asyncio.run(asyncio.wait_for(work(), DEADLINE))
 

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from itertools import takewhile
-from typing import NoReturn
 
 from loquetier.engine.prefix import CacheSpace
 from loquetier.engine.request import TokenEvent
@@ -18,7 +17,7 @@ from loquetier.server.inbox import Inbox
 from loquetier.server.metrics import RequestTimes
 from loquetier.server.orders import Order
 from loquetier.server.pieces import WHOLE_INTERVAL, Event, stream_interval
-from loquetier.server.problems import bad, from_error, overloaded
+from loquetier.server.problems import ApiError, bad, from_error, overloaded
 from loquetier.server.services import Services
 
 MAX_PENDING_EVENTS = 16384
@@ -98,23 +97,27 @@ class Running:
                 self._take(at, prompt, event)
             events = [event for _, event in batch]
             good = list(takewhile(lambda e: not _is_failure(e[1]), events))
-            if good:  # what came before a failure is told before it
+            # Noted at once, for the client may leave meanwhile; what came before it is told before it.
+            failure = self._failure(events[len(good)][1]) if len(good) < len(events) else None
+            if good:
                 yield good
-            if len(good) < len(events):
-                self._fail(events[len(good)][1])
+            if failure is not None:
+                raise failure
 
     def settle(self) -> None:
         """Count what nobody took: the books of a client that has left are right too."""
         for at, (prompt, event) in self._inbox.take_now():
             self._take(at, prompt, event)
 
-    def _fail(self, event: TokenEvent) -> NoReturn:
+    def _failure(self, event: TokenEvent) -> ApiError:
         self.abort()
         if event.error is None:
-            raise overloaded("the request was aborted by the server", code="request_aborted")
+            return overloaded("the request was aborted by the server", code="request_aborted")
         self._has_failed = True
         self._count_failure(event.error)
-        raise from_error(event.error, self._order.model) from event.error
+        failure = from_error(event.error, self._order.model)
+        failure.__cause__ = event.error
+        return failure
 
     def _count_failure(self, error: LoquetierError) -> None:
         """Only what the adapter may be the cause of: not the base, an end of the engine, or a client's own grammar.
