@@ -64,12 +64,9 @@ class StackDeltas:
         self._sites = tuple(_sites(fused))
         self._num_gemms = _GEMMS * len(fused.layers)
         # gemm, (segments, scales, count,) first, width, k: the fields of `LqDelta`.
-        self._fields = np.array([(s.gemm, 0, 0, 0, s.first, s.width, s.k) for s in self._sites], np.int64).reshape(
-            -1, 7
-        )
-        self._fits_lines = all(
-            s.first % TILES_LINE == s.width % TILES_LINE == s.k % TILES_LINE == 0 for s in self._sites
-        )
+        fields = [(s.gemm, 0, 0, 0, s.first, s.width, s.k) for s in self._sites]
+        self._fields = np.array(fields, np.int64).reshape(-1, 7)
+        self._fits_lines = not (self._fields[:, 4:] % TILES_LINE).any()
         self._slots: dict[int, _Slot | None] = {}
         self._factors: FactorTable | None = None
         """The arena's table that `_slots` were read from."""
